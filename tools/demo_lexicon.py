@@ -175,7 +175,7 @@ LANDS = (
             "in the rowing boat",
             "behind the dunes",
             "beside the fishing nets",
-            "at the foot of the lighthouse",
+            "at the lighthouse",
         ),
     ),
     Land(

@@ -139,7 +139,7 @@ PLOTS = (
             (
                 "It was {a_other}, who had fallen into a deep hole.",
                 "There was {a_other}, caught in [a net|a thorn bush|the roots of a tree].",
-                "It was {a_other}. A heavy branch had fallen across {ohis} tail, or so it seemed, for {ohe} could not move.",
+                "It was {a_other}. A heavy branch had fallen on {ohim}, and {ohe} could not move.",
             ),
             (
                 '{Hero} put down the {obj} at once. "Hold on to me," {he} said, and {he} pulled with all {his} might.',
@@ -156,7 +156,7 @@ PLOTS = (
                 "Not long after, [a great storm|a flood] came, and {hero} was trapped {spot2}.",
             ),
             (
-                "And who came to help? It was {other}, with [a light in the window of the night|a warm light and a loaf of bread|a rope and a brave heart].",
+                "And who came to help? It was {other}, with [a pot of hot soup|a warm light and a loaf of bread|a rope and a brave heart].",
                 "Then there was a knock, and a voice said, \"Here I am.\" It was {other}. {Ohe} had not forgotten.",
                 "It was {other} who found {him}, and {ohe} did not leave until everything was well again.",
             ),
@@ -177,7 +177,7 @@ PLOTS = (
             ),
             (
                 '"This is all for me," {he} said, and {he} closed the door.',
-                '"I will not tell anyone," {he} thought. "Then I can eat it all {myself}."',
+                '"I will not tell anyone," {he} thought. "Then I can eat it all myself."',
                 "{He} hid it away, for {he} did not like to share.",
             ),
             (
@@ -213,9 +213,7 @@ PLOTS = (
         (
             (
                 "One {day}, {hero} saw a [blue butterfly|white feather|golden leaf] floating by, and {he} followed it.",
-                "One {day}, {he} heard [strange music|a bird that he did not know|a far bell], and {he} went to find it.".replace(
-                    "that he did not know", "with a new song"
-                ),
+                "One {day}, {he} heard [strange music|a bird with a new song|a distant bell], and {he} went to find it.",
                 "One {day}, {hero} took {his} {obj} and walked farther than ever before.",
             ),
             (
@@ -245,9 +243,7 @@ PLOTS = (
             ),
         ),
         (
-            "{Hero} went on many more walks, but {he} always [told someone where he was going|marked the path with white stones].".replace(
-                "where he was going", "first"
-            ),
+            "{Hero} went on many more walks, but {he} always [told someone first|marked the path with white stones].",
             "That night {hero} slept well, and {he} dreamed of the long road home.",
             *FRIENDS_ENDING,
         ),
@@ -261,12 +257,11 @@ PLOTS = (
             ),
             (
                 "Whenever {he} thought of {fear}, {he} hid under the blanket and held {his} {obj} tightly.",
-                "{His} friend {other} was not afraid at all. {Othera} laughed and said that it would pass.",
                 "Nobody knew about it but {his} {obj}, and a {obj} cannot tell.",
             ),
             (
-                "One {day}, {a_other_named} did not come home.",
-                "One {day}, a cry came from far away. {A_other_named} was in trouble.",
+                "One {day}, {his} friend, {a_other}, did not come home.",
+                "One {day}, a cry came from far away. It was {his} neighbour, {a_other}.",
             ),
             (
                 '"Somebody must go," said the neighbours, but nobody moved. {Hero} could hear {his} own heart.',
@@ -442,7 +437,7 @@ PLOTS = (
         ),
         (
             "To this day nobody remembers who won, but everyone remembers {hero}.",
-            "They took turns with it, and they still {use} every Sunday.",
+            "They took turns with it, and they still {use}.",
             "{Hero} had lost a race and won a friend.",
         ),
     ),
@@ -475,7 +470,7 @@ PLOTS = (
             ),
             (
                 "That evening they {used}, and it was more fun than ever before.",
-                '"I mended it {myself}!" said {hero} proudly. "With a little help," {he} added.',
+                '"I mended it myself!" said {hero} proudly. "With a little help," {he} added.',
             ),
         ),
         (
@@ -635,6 +630,38 @@ PLOTS = (
             "And when the moon is full, you can see the two of them there, side by side.",
             *FRIENDS_ENDING[:2],
         ),
+    ),
+)
+
+# For stories of a few sentences.
+SHORT_PLOTS = (
+    Plot(
+        "a find",
+        (("One {day}, {he} found {a_obj} {spot1}.",), ('"Whose is this?" {he} asked. "It is mine," said {a_other}.',)),
+        ("So {he} gave it back, and they {used} together.", "{Hero} gave it back and got a new friend instead."),
+    ),
+    Plot(
+        "a visit",
+        (("One {day}, there was a knock at the door. It was {a_other} with {a_obj}.",),),
+        (
+            "They {used} until the sun went down, and {hero} was happy.",
+            '"For you," said {other}, and {hero} did not know what to say.',
+        ),
+    ),
+    Plot(
+        "a wish",
+        (("{He} wished for {a_obj}, but {he} had no money.",), ("So {he} made one out of wood and string.",)),
+        ("Now {he} can {use}, and it is the best {obj} in the land.", "{A_other} saw it and wanted one too."),
+    ),
+    Plot(
+        "rain",
+        (("One {day}, it began to rain, and {he} ran to hide {spot1}.",), ("{A_other} was already there.",)),
+        ('"There is room for two," said {other}. They stayed until the rain stopped, and longer.',),
+    ),
+    Plot(
+        "sleep",
+        (("One night, {he} could not sleep.",), ("So {he} went {spot1} and looked at the stars, and there was {a_other}.",)),
+        ("They counted the stars together, and at a hundred {hero} was fast asleep.",),
     ),
 )
 
