@@ -300,3 +300,38 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     detail: str
     repaired: bool = False
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    """One orchestratord as the others see it."""
+
+    replica_id: str
+    url: str
+    lease_expires_at_ms: int
+
+
+class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the fleet feed; `position` is the cursor for `read_fleet(after=...)`."""
+
+    position: str
+    at_ms: int
+    kind: str
+    subject: str
+    text: str
+
+
+class ServiceRates(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured service of one model: exponentially weighted means and variances over attempts that ended by themselves.
+
+    An attempt's service time runs from its claim to its end; it is `service_ms`, and divided by the tokens that the
+    attempt generated it is `ms_per_token` (prefill is spread over them).
+    """
+
+    samples: int = 0
+    service_ms: float = 0.0
+    service_ms_variance: float = 0.0
+    tokens_out: float = 0.0
+    tokens_out_variance: float = 0.0
+    ms_per_token: float = 0.0
+    ms_per_token_variance: float = 0.0
+    updated_at_ms: int = 0
