@@ -11,9 +11,8 @@ from llorch_wire.tasks import TaskRequest, TaskStatus
 from llorch_wire.worker import Heartbeat, HeartbeatReply, RegisterReply, WorkerRegistration
 from orchestratord.observations import Observations
 from orchestratord.store.store import Store
-from orchestratord.store.types import QueueDepth, WorkerView
+from orchestratord.store.types import FleetEvent, QueueDepth, WorkerView
 from orchestratord.values import (
-    FleetItem,
     ModelView,
     PoolView,
     RuntimeSettings,
@@ -25,7 +24,6 @@ from orchestratord.values import (
 )
 
 __all__ = [
-    "FleetItem",
     "ModelView",
     "Orchestrator",
     "PoolView",
@@ -157,6 +155,6 @@ class Orchestrator:
         """Forget a worker; what runs there moves. Raises ApiError NOT_FOUND."""
         raise NotImplementedError
 
-    def fleet(self, after: str | None = None) -> AsyncIterator[list[FleetItem]]:
+    def fleet(self, after: str | None = None) -> AsyncIterator[list[FleetEvent]]:
         """What happens in the fleet, after a position, then live. Yields [] after at most 10 s of silence."""
         raise NotImplementedError

@@ -12,16 +12,21 @@ import msgspec
 
 from llorch_wire.events import TaskEvent
 from llorch_wire.tasks import TaskStatus
+from orchestratord.settings import Tenant
 from orchestratord.store.types import QueueLimits, TaskRecord
 
+__all__ = [
+    "ModelView",
+    "PoolView",
+    "RuntimeSettings",
+    "RuntimeState",
+    "StreamItem",
+    "Submitted",
+    "TaskView",
+    "Tenant",
+]
+
 RuntimeState: TypeAlias = Literal["starting", "ready", "draining"]
-
-
-class Tenant(msgspec.Struct, frozen=True):
-    """Who calls. `weight` is the share of the service under contention, relative to the other tenants."""
-
-    name: str = "default"
-    weight: float = 1.0
 
 
 class Submitted(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,20 +81,12 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...]
 
 
-class FleetItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the fleet feed. `position` is its SSE id."""
-
-    position: str
-    kind: str
-    subject: str
-    text: str
-    at_ms: int
-
-
 @dataclass(frozen=True)
 class RuntimeSettings:
     """What the runtime needs of the settings. Times are in the unit their name says."""
 
+    replica_id: str | None = None
+    """None: made up, new at every start."""
     replica_url: str = "http://127.0.0.1:8080"
     """Where workers and other replicas reach this one."""
     worker_key: str | None = field(default=None, repr=False)

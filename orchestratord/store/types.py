@@ -106,6 +106,8 @@ class QueuedTask(msgspec.Struct, frozen=True, kw_only=True):
     """Where the last attempt failed; used elsewhere first, but not forbidden when it is the only one."""
     prefix_hashes: tuple[str, ...]
     deadline_at_ms: int | None
+    waiting_since_ms: int = 0
+    """When it came into the queue this time: admission, or the last requeue (ageing counts from here). 0: unknown."""
 
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
