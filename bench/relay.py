@@ -147,8 +147,9 @@ def main() -> int:
     write_section(
         "relay",
         "## What orchestratord adds\n\n"
-        f"`make bench`: {args.tokens} tokens a stream, demo model, one worker, embedded Redis with `appendfsync always`, medians of "
-        f"{args.rounds} alternating rounds; each task is admitted, queued, claimed and logged before its tokens are shown.\n\n"
+        f"`make bench`: {args.tokens} tokens a stream, demo model, one worker, embedded Redis with `appendfsync\n"
+        f"always`, medians of {args.rounds} alternating rounds; each task is admitted, queued, claimed and logged\n"
+        "before its tokens are shown.\n\n"
         f"{text}\n\n{where()}",
     )
     last_line({"benchmark": "relay", "results": results})
