@@ -1,0 +1,83 @@
+"""`llorch worker list|drain|undrain` as orchestratord tells and does it, over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from llorch.errors import CliError
+from llorch.http import Api, UrlOption, connect, rows, segment
+from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit, say, size
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Workers.")
+
+COLUMNS = (
+    Column("WORKER", "worker_id"),
+    Column("STATE", "state"),
+    Column("MODEL", "model"),
+    Column("POOL", "pool"),
+    Column("DEVICE", "device"),
+    Column("USED", "slots_used", right=True),
+    Column("SLOTS", "slots_total", right=True),
+    Column("TOK/S", "tokens_per_second", "{:.1f}".format, right=True),
+    Column("VRAM", "vram_used_bytes", size, right=True),
+    Column("URL", "url"),
+)
+
+WorkerIds = Annotated[list[str], typer.Argument(metavar="WORKER...", help="Worker ids, as `llorch worker list` shows.")]
+
+
+def workers(api: Api) -> list[dict[str, Any]]:
+    """Every worker that orchestratord knows, by pool and id."""
+    found = rows(api.get("/v2/workers"), "workers")
+    return sorted(found, key=lambda row: (str(row.get("pool")), str(row.get("worker_id"))))
+
+
+@app.command("list")
+def list_workers(
+    state: Annotated[str | None, typer.Option("--state", help="Only workers in this state.")] = None,
+    url: UrlOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the workers that orchestratord knows."""
+    form = chosen(output, as_json)
+    emit([row for row in workers(connect(url)) if state in (None, row.get("state"))], COLUMNS, form)
+
+
+@app.command("drain")
+def drain(
+    worker: WorkerIds,
+    deadline: Annotated[float, typer.Option("--deadline", min=0, help="Seconds for running tasks to end.")] = 30.0,
+    url: UrlOption = None,
+) -> None:
+    """Give workers no new tasks; what still runs at the deadline goes on elsewhere. Remembered until `undrain`."""
+    body = {"deadline_ms": round(deadline * 1000)}
+    _each(worker, connect(url), "drain", body, f"takes no new tasks; running ones have {duration(deadline * 1000)}")
+
+
+@app.command("undrain")
+def undrain(worker: WorkerIds, url: UrlOption = None) -> None:
+    """Give drained workers tasks again."""
+    _each(worker, connect(url), "undrain", {}, "takes tasks again")
+
+
+def _each(worker_ids: list[str], api: Api, verb: str, body: dict[str, Any], done: str) -> None:
+    failures: list[CliError] = []
+    for worker_id in dict.fromkeys(worker_ids):
+        try:
+            api.post(f"/v2/workers/{segment(worker_id)}/{verb}", body)
+        except CliError as error:
+            if len(worker_ids) == 1:
+                raise
+            failures.append(error)
+            say(f"{worker_id}: {error.message}")
+        else:
+            say(f"{worker_id}: {done}")
+    if failures:
+        from llorch.errors import PartialFailure
+
+        if len(failures) == len(worker_ids):
+            raise failures[-1]
+        raise PartialFailure(f"{len(failures)} of {len(worker_ids)} workers failed", next_step="llorch worker list")
