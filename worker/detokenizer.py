@@ -31,9 +31,7 @@ class Detokenizer:
     are decoded at once; characters of such a run that were already shown stay as they are.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, special_ids: frozenset[int], prompt_token_ids: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int], prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special_ids = special_ids
         tail = [token for token in prompt_token_ids[-PRIMING_TOKENS:] if token not in special_ids]

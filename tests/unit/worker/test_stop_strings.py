@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +33,7 @@ def run(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
 @given(TEXT, STOPS, st.lists(st.integers(0, 40), max_size=10))
 def test_equal_to_a_plain_search_however_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert run(pieces, stops) == expected(text, stops)
 
 
