@@ -1,0 +1,61 @@
+"""Measures, on this machine and with this model, whether a sequence's numbers depend on anything but itself.
+
+The label `exact` is only given out when this says so. Read `forward_is_exact` first.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from worker.engine.kv_cache import KVCache
+from worker.engine.model_runner import ModelRunner
+from worker.engine.protocol import AddSequence, SamplingSpec
+from worker.engine.scheduler import Chunk
+from worker.engine.sequence import Sequence
+
+_LENGTHS = (75, 40, 9, 23)
+
+
+def forward_is_exact(runner: ModelRunner, cache: KVCache, vocab_size: int, context_length: int) -> bool:
+    """True if last-token logits agree bit by bit: alone in one piece, in chunks, token by token, and in company.
+
+    Uses the first and last blocks of the (still empty) cache and leaves harmless numbers in them.
+    """
+    draw = random.Random(0)
+    lengths = [length for length in _LENGTHS if length < context_length]
+    per_sequence = -(-max(lengths, default=1) // cache.block_tokens)
+    if not lengths or per_sequence * len(lengths) > cache.num_blocks:
+        lengths, per_sequence = [min(20, context_length - 1)], -(-20 // cache.block_tokens)
+        if per_sequence > cache.num_blocks:
+            return False
+    sequences = [
+        _sequence([draw.randrange(vocab_size) for _ in range(length)], range(i * per_sequence, (i + 1) * per_sequence))
+        for i, length in enumerate(lengths)
+    ]
+    alone = [_last(runner, [(s, 0, s.num_tokens)], 0) for s in sequences]
+    together = [(s, 0, s.num_tokens) for s in sequences]
+    if any(not torch.equal(_last(runner, together, i), alone[i]) for i in range(len(sequences))):
+        return False
+    first = sequences[0]
+    _last(runner, [(first, 0, first.num_tokens // 2)], 0)
+    _last(runner, [(first, first.num_tokens // 2, first.num_tokens - 4 - first.num_tokens // 2)], 0)
+    for position in range(first.num_tokens - 4, first.num_tokens):
+        stepwise = _last(runner, [(first, position, 1), *((s, 0, s.num_tokens) for s in sequences[1:])], 0)
+    if not torch.equal(stepwise, alone[0]):
+        return False
+    rest = [(s, s.num_tokens - 1, 1) for s in sequences]
+    return all(torch.equal(_last(runner, rest, i), alone[i]) for i in range(len(sequences)))
+
+
+def _sequence(tokens: list[int], blocks: range) -> Sequence:
+    request = AddSequence(sequence_id="probe", prompt_token_ids=tokens, sampling=SamplingSpec(max_tokens=1))
+    sequence = Sequence(request, arrival=0, context_length=len(tokens) + 1)
+    sequence.blocks = list(blocks)
+    return sequence
+
+
+def _last(runner: ModelRunner, parts: list[tuple[Sequence, int, int]], index: int) -> torch.Tensor:
+    logits, _ = runner.forward([Chunk(sequence, start, count, True) for sequence, start, count in parts])
+    return logits[index].clone()

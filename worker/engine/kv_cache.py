@@ -1,0 +1,67 @@
+"""Memory for keys and values: one tensor, cut into blocks by number.
+
+    pool:  [layers, 2 (keys, values), rows, kv heads, head size]      rows = blocks x tokens a block, + spare rows
+
+A token of block b at offset o lives in row b * block_tokens + o of every layer. The spare rows at the end take the
+writes of padding and let a read that is padded past the last block stay inside the tensor; they are finite, always.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SPARE_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a model keeps for one token: `layers` x 2 x `kv_heads` x `head_dim` numbers of `dtype`."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in the cache."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """The pool and its addressing. Raises torch.OutOfMemoryError or RuntimeError when the memory isn't there."""
+
+    def __init__(self, shape: KVShape, *, num_blocks: int, block_tokens: int, device: torch.device) -> None:
+        self.shape = shape
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        self.spare_row = num_blocks * block_tokens
+        rows = self.spare_row + SPARE_ROWS
+        # Zeroes: what lies behind a sequence's end is read (and masked), so it must be finite. On a CPU the pages are
+        # only taken from the machine when they are first written.
+        self.pool = torch.zeros(
+            (shape.layers, 2, rows, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
+        )
+
+    def rows(self, blocks: list[int], start: int, count: int) -> list[int]:
+        """Rows of the tokens [start, start + count) of a sequence that holds `blocks`."""
+        size = self.block_tokens
+        return [blocks[index // size] * size + index % size for index in range(start, start + count)]
+
+    def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values, each [tokens, kv heads, head size], in `rows` [tokens]."""
+        self.pool[layer, 0].index_copy_(0, rows, keys)
+        self.pool[layer, 1].index_copy_(0, rows, values)
+
+    def paged(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer as [blocks, tokens a block, kv heads, head size], without the spare rows."""
+        shape = (self.num_blocks, self.block_tokens, self.shape.kv_heads, self.shape.head_dim)
+        keys, values = self.pool[layer].narrow(1, 0, self.spare_row).unbind(0)
+        return keys.view(shape), values.view(shape)
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Overwrite blocks with zeroes: a sequence whose numbers went bad leaves nothing behind."""
+        for block in blocks:
+            self.pool[:, :, block * self.block_tokens : (block + 1) * self.block_tokens] = 0

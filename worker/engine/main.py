@@ -1,0 +1,119 @@
+"""The engine process: `python -m worker.engine.main --fd N --model-dir DIR ...`. Started by the worker's supervisor.
+
+Nothing that imports torch may be imported before the number of threads is in the environment; hence the imports inside
+`main`. Exit codes: 0 shut down or the parent is gone, 70 the device failed (start another), 71 a bug, 78 can't load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.engine.machine import cores, default_threads
+
+if TYPE_CHECKING:
+    from worker.engine.channel import EngineChannel
+
+EXIT_DEVICE_FAULT = 70
+EXIT_BUG = 71
+EXIT_LOAD_FAILED = 78
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; exits with 2 and a message on a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m worker.engine.main", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="socket that speaks worker/engine/protocol.py")
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--slots", type=_at_least(0), default=0, help="sequences decoded together; 0: by device")
+    parser.add_argument("--max-model-len", type=_at_least(0), default=0, help="0: what the model and the memory allow")
+    parser.add_argument("--kv-memory", type=_at_least(0), default=0, metavar="BYTES", help="0: measured")
+    parser.add_argument("--attention", default="auto", help="auto, or one by name and no other")
+    parser.add_argument("--max-batch-tokens", type=_at_least(0), default=0, help="tokens in one step; 0: by device")
+    parser.add_argument("--threads", type=_at_least(0), default=0, help="CPU threads; 0: a fair share of the cores")
+    parser.add_argument("--deterministic", action="store_true", help="start only if results don't depend on the batch")
+    parser.add_argument("--no-prefix-cache", action="store_true")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Load, report, serve. Returns the exit code."""
+    args = parse(argv)
+    workers = int(os.environ.get("LLORCH_WORKERS_ON_MACHINE", "1") or "1")
+    threads = args.threads or default_threads(cores(), workers)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from worker.engine.channel import ChannelClosedError, EngineChannel
+
+    channel = EngineChannel(args.fd)
+    try:
+        return _serve(args, threads, channel)
+    except ChannelClosedError:
+        return 0
+    finally:
+        channel.close()
+
+
+def _serve(args: argparse.Namespace, threads: int, channel: EngineChannel) -> int:
+    import torch
+
+    from worker.engine.loader import LoadError
+    from worker.engine.loop import DeviceFaultError, log_to_stderr, logger
+    from worker.engine.protocol import EngineLoadFailed, EngineLoading
+    from worker.engine.assemble import EngineOptions, build_engine
+
+    log_to_stderr()
+    torch.set_num_threads(threads)
+    options = EngineOptions(
+        model_dir=args.model_dir,
+        device=args.device,
+        dtype=args.dtype,
+        slots=args.slots,
+        max_model_len=args.max_model_len,
+        kv_memory_bytes=args.kv_memory,
+        attention=args.attention,
+        max_batch_tokens=args.max_batch_tokens,
+        threads=threads,
+        deterministic=args.deterministic,
+        prefix_cache=not args.no_prefix_cache,
+    )
+    try:
+        engine = build_engine(
+            options, channel, lambda phase, fraction: channel.send(EngineLoading(phase=phase, fraction=fraction))
+        )
+    except LoadError as error:
+        logger.error("%s", error)
+        channel.send(EngineLoadFailed(code=error.code, message=str(error), permanent=True))
+        return EXIT_LOAD_FAILED
+    channel.send(engine.ready)
+    try:
+        engine.loop.run()
+    except DeviceFaultError as error:
+        logger.error("the device failed: %s", error)
+        return EXIT_DEVICE_FAULT
+    except RuntimeError:
+        logger.exception("the engine's state is broken; another must be started")
+        return EXIT_BUG
+    return 0
+
+
+def _at_least(low: int):
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise ValueError(text)
+        return value
+
+    convert.__name__ = f"number >= {low}"
+    return convert
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""Runs a step through the model: packs the chunks, calls the model once, hands back the logits that were asked for.
+
+Read `ModelRunner.forward` first. The model is transformers' own; only its attention is replaced, by a function that
+is registered under a name of ours and that gets the step's plan passed through the model as a keyword.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from worker.engine.attention import Attention
+from worker.engine.kv_cache import KVCache
+from worker.engine.packed_batch import PackedBatch, pack
+from worker.engine.scheduler import Chunk
+
+ATTENTION_NAME = "llorch_packed"
+"""Neither "flash" nor a `paged|` prefix may stand in it: transformers looks for both inside the name."""
+
+EXPERTS_NAME = None
+
+ROW_MULTIPLE = 8
+"""Rows of a batch are padded to a multiple of this: over fewer rows a matrix product takes another path."""
+
+
+def register_attention() -> None:
+    """Tell transformers about the packed attention; before the model is built."""
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, rows, size], key and value [1, kv heads, rows, size] → [1, rows, heads, size]."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention with `{name}` is not supported")
+    attention: Attention = kwargs["packed_attention"]
+    out = attention.attend(
+        kwargs["packed_plan"],
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+        sliding_window,
+    )
+    return out.unsqueeze(0), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The packed attention makes its own masks."""
+
+
+class ModelRunner:
+    """A model, its cache and its attention. Not thread-safe."""
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache, attention: Attention) -> None:
+        self._base: torch.nn.Module = model.get_decoder()
+        self._head: torch.nn.Module = model.get_output_embeddings()
+        self._cache = cache
+        self._attention = attention
+        self._device = cache.pool.device
+
+    def forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
+        """Compute the chunks' keys and values, and logits for those that sample.
+
+        Returns logits [rows, vocabulary], one row for each sampling chunk in order and padding behind them, and the
+        indices of the chunks whose numbers are not finite: nothing of theirs can be trusted.
+        """
+        batch = pack(chunks, ROW_MULTIPLE)
+        with torch.inference_mode():
+            hidden = self._hidden(batch)
+            bad = self._bad_spans(hidden, batch)
+            rows = batch.sampled_rows + [batch.num_rows - 1] * (-len(batch.sampled_rows) % ROW_MULTIPLE)
+            logits = self._head(hidden[torch.tensor(rows, dtype=torch.int64, device=self._device)])
+        return logits, bad
+
+    def _hidden(self, batch: PackedBatch) -> torch.Tensor:
+        plan = self._attention.plan(batch)
+        output = self._base(
+            input_ids=torch.tensor([batch.token_ids], device=self._device),
+            position_ids=torch.tensor([batch.positions], device=self._device),
+            use_cache=False,
+            packed_attention=self._attention,
+            packed_plan=plan,
+        )
+        return output.last_hidden_state[0]
+
+    def _bad_spans(self, hidden: torch.Tensor, batch: PackedBatch) -> list[int]:
+        # A token attends to itself in every layer, so a key or value that isn't finite shows in its last hidden state.
+        finite = hidden.float().sum(dim=-1).isfinite()
+        if bool(finite[: batch.num_tokens].all()):
+            return []
+        return [
+            index for index, span in enumerate(batch.spans) if not bool(finite[span.row : span.row + span.count].all())
+        ]

@@ -1,0 +1,64 @@
+"""The tokens of one forward pass, laid end to end, and where each sequence's rows and blocks are.
+
+rows:  │ decode │ decode │ prefill chunk of a sequence ... │ padding │
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [row, row + count) of the batch are tokens [start, start + count) of a sequence that holds `blocks`."""
+
+    row: int
+    start: int
+    count: int
+    blocks: list[int]
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence that are in the cache after this pass."""
+        return self.start + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One forward pass over `num_rows` rows, padding included."""
+
+    token_ids: list[int]
+    positions: list[int]
+    spans: list[Span]
+    num_rows: int
+    sampled_rows: list[int]
+    """Rows whose logits are wanted, in the order of the chunks that sample."""
+
+    num_decodes: int
+    """How many of the first spans are a single token."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that are not padding."""
+        return self.spans[-1].row + self.spans[-1].count
+
+
+def pack(chunks: list[Chunk], row_multiple: int) -> PackedBatch:
+    """Lay chunks end to end and pad the rows to a multiple of `row_multiple`."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    spans: list[Span] = []
+    sampled: list[int] = []
+    for chunk in chunks:
+        spans.append(Span(len(token_ids), chunk.start, chunk.count, chunk.sequence.blocks))
+        token_ids.extend(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
+        positions.extend(range(chunk.start, chunk.start + chunk.count))
+        if chunk.samples:
+            sampled.append(len(token_ids) - 1)
+    padding = -len(token_ids) % row_multiple
+    token_ids.extend([0] * padding)
+    positions.extend([0] * padding)
+    decodes = next((index for index, span in enumerate(spans) if span.count > 1), len(spans))
+    return PackedBatch(token_ids, positions, spans, len(token_ids), sampled, decodes)
