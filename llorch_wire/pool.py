@@ -31,7 +31,7 @@ RC_OK, RC_FAILED, RC_USAGE, RC_PARTIAL, RC_AUTH, RC_UNREACHABLE, RC_TIMEOUT, RC_
 """Exit codes of both command lines."""
 
 WorkerState: TypeAlias = Literal[
-    "starting", "ready", "draining", "failed", "stopping", "unresponsive", "exited", "rebooted", "pid-reused"
+    "planned", "starting", "ready", "draining", "failed", "stopping", "unresponsive", "exited", "rebooted", "pid-reused"
 ]
 
 

@@ -1,0 +1,261 @@
+"""The command line for people on a pool machine. Each command builds one message and hands it to `_run`.
+
+The same messages come in over `rpc`; nothing can be done here that can't be done from afar.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from llorch_pool.context import Context
+from llorch_pool.errors import PoolError
+from llorch_wire import pool as wire
+
+_Output = Annotated[str, typer.Option("--output", "-o", help="table, tsv, json, jsonl or name.", show_default=False)]
+_Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
+_Timeout = Annotated[float, typer.Option("--timeout", help="Give up after this many seconds.", min=0.1)]
+_FORMATS = ("table", "tsv", "json", "jsonl", "name")
+_OPTIONS = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+app = typer.Typer(name="llorch-pool", help="Models, workers and devices of this machine.", **_OPTIONS)  # type: ignore[arg-type]
+model = typer.Typer(help="Models on this machine.", **_OPTIONS)  # type: ignore[arg-type]
+worker = typer.Typer(help="Workers on this machine.", **_OPTIONS)  # type: ignore[arg-type]
+device = typer.Typer(help="Devices of this machine.", **_OPTIONS)  # type: ignore[arg-type]
+app.add_typer(model, name="model")
+app.add_typer(worker, name="worker")
+app.add_typer(device, name="device")
+app.add_typer(model, name="models", hidden=True)
+app.add_typer(worker, name="workers", hidden=True)
+app.add_typer(device, name="devices", hidden=True)
+
+
+def run() -> None:
+    """Entry point; exits with the command's code."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llorch-pool {wire.VERSION} (protocol {wire.POOL_PROTOCOL})")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Models, workers and devices of this machine."""
+
+
+def _run(command: wire.AnyCommand, output: str, as_json: bool, timeout_s: float | None) -> None:
+    from llorch_pool import render
+    from llorch_pool.dispatch import execute
+
+    form = "json" if as_json else output or ("table" if sys.stdout.isatty() else "tsv")
+    reporter = render.Reporter()
+    context = Context(reporter, timeout_s=timeout_s)
+
+    def interrupted(number: int, _: object) -> None:
+        context.abort("interrupted" if number == signal.SIGINT else "terminated")
+
+    # A handler instead of KeyboardInterrupt: what is under way is ended and cleaned up, then the command ends.
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
+    rc = 0
+    try:
+        if form not in _FORMATS:
+            raise PoolError(f"--output {form!r} is not one of {', '.join(_FORMATS)}", rc=wire.RC_USAGE)
+        value = execute(context, command)
+        reporter.close()
+        render.emit(value, form)
+        if isinstance(command, wire.Doctor):
+            rc = int(any(finding.level == "error" and not finding.fixed for finding in value))
+        sys.stdout.flush()
+    except PoolError as error:
+        reporter.close()
+        rc = error.rc
+        for line in error.detail.splitlines():
+            print(f"  {line}", file=sys.stderr)
+        print(f"llorch-pool: {error.message}", file=sys.stderr)
+        if error.next_step:
+            print(error.next_step, file=sys.stderr)
+    sys.stderr.flush()
+    # Threads that still wait for a dead socket must not hold the process.
+    os._exit(rc)
+
+
+@model.command("download")
+def model_download(
+    ref: Annotated[str, typer.Argument(help="hf:org/name[@revision], file:/abs/path, or an alias such as demo.")],
+    name: Annotated[str | None, typer.Option(help="Name to keep and serve it under.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Only use what is here.")] = False,
+    output: _Output = "",
+    json: _Json = False,
+    timeout: _Timeout = 24 * 3600.0,
+) -> None:
+    """Bring a model here; goes on with an interrupted download. HF_ENDPOINT and HF_TOKEN are honoured."""
+    _run(wire.ModelDownload(ref=ref, name=name, offline=offline), output, json, timeout)
+
+
+@model.command("list")
+def model_list(output: _Output = "", json: _Json = False) -> None:
+    """Show the models on this machine."""
+    _run(wire.ModelList(), output, json, 60)
+
+
+@model.command("show")
+def model_show(name: str, output: _Output = "json", json: _Json = False) -> None:
+    """Show one model with its files and digests."""
+    _run(wire.ModelShow(name=name), output, json, 60)
+
+
+@model.command("verify")
+def model_verify(name: str, output: _Output = "", json: _Json = False, timeout: _Timeout = 3600.0) -> None:
+    """Read every byte of a model again and compare it with what was recorded."""
+    _run(wire.ModelVerify(name=name), output, json, timeout)
+
+
+@model.command("remove")
+def model_remove(
+    name: str,
+    force: Annotated[bool, typer.Option("--force", help="Even if a worker uses it or it is damaged.")] = False,
+    output: _Output = "name",
+    json: _Json = False,
+) -> None:
+    """Delete a model from this machine."""
+    _run(wire.ModelRemove(name=name, force=force), output, json, 300)
+
+
+@worker.command("spawn")
+def worker_spawn(
+    model_ref: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model here, or a reference.")],
+    orchestrator: Annotated[
+        str | None, typer.Option(envvar="LLORCH_ORCHESTRATOR", help="URL of orchestratord, as seen from here.")
+    ] = None,
+    worker_id: Annotated[str | None, typer.Option("--id", help="Name of the worker; made up when left out.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Pool it belongs to; this machine's name when left out.")] = None,
+    device_name: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or a GPU's UUID.")] = None,
+    engine: Annotated[str, typer.Option(help="The engine.")] = "torch",
+    slots: Annotated[int | None, typer.Option(help="Tasks at once.")] = None,
+    idle_timeout: Annotated[float | None, typer.Option(help="End after this many seconds without work.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; the one facing the orchestrator.")] = None,
+    port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 0,
+    advertise_url: Annotated[str | None, typer.Option(help="URL at which the orchestrator reaches it.")] = None,
+    on_boot: Annotated[bool, typer.Option("--on-boot", help="Bring it back after a reboot.")] = False,
+    ready_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = 600.0,
+    force: Annotated[bool, typer.Option("--force", help="Start it even if it does not seem to fit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be started.")] = False,
+    output: _Output = "",
+    json: _Json = False,
+    timeout: _Timeout = 24 * 3600.0,
+) -> None:
+    """Start a worker and wait until it is ready. It outlives this session. The key comes from LLORCH_WORKER_KEY."""
+    command = wire.WorkerSpawn(
+        model=model_ref,
+        orchestrator=orchestrator,
+        worker_key=os.environ.get("LLORCH_WORKER_KEY") or None,
+        worker_id=worker_id,
+        pool=pool,
+        device=device_name,
+        engine=engine,
+        slots=slots,
+        idle_timeout_s=idle_timeout,
+        host=host,
+        port=port,
+        advertise_url=advertise_url,
+        on_boot=on_boot,
+        ready_timeout_s=ready_timeout,
+        force=force,
+        dry_run=dry_run,
+    )
+    _run(command, output, json, timeout)
+
+
+@worker.command("list")
+def worker_list(output: _Output = "", json: _Json = False) -> None:
+    """Show the workers of this machine as they really are."""
+    _run(wire.WorkerList(), output, json, 60)
+
+
+@worker.command("stop")
+def worker_stop(
+    worker_ids: Annotated[list[str], typer.Argument(help="Workers to stop.")],
+    grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
+    output: _Output = "",
+    json: _Json = False,
+) -> None:
+    """Stop workers: drain, then terminate, then kill."""
+    _run(wire.WorkerStop(worker_ids=worker_ids, grace_s=grace), output, json, grace + 60)
+
+
+@worker.command("stop-all")
+def worker_stop_all(
+    grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
+    output: _Output = "",
+    json: _Json = False,
+) -> None:
+    """Stop every worker of this machine."""
+    _run(wire.WorkerStop(all=True, grace_s=grace), output, json, grace + 60)
+
+
+@worker.command("logs")
+def worker_logs(
+    worker_id: str,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many lines from the end.", min=0)] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended.")] = False,
+) -> None:
+    """Show a worker's log, also after it ended."""
+    _run(wire.WorkerLogs(worker_id=worker_id, lines=lines, follow=follow), "", False, None if follow else 60)
+
+
+@worker.command("cleanup")
+def worker_cleanup(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    output: _Output = "json",
+    json: _Json = False,
+) -> None:
+    """Remove what dead workers left: entries, key files, stray processes, logs."""
+    _run(wire.WorkerCleanup(dry_run=dry_run), output, json, 120)
+
+
+@worker.command("restore")
+def worker_restore(output: _Output = "", json: _Json = False) -> None:
+    """Start the workers again that were spawned with --on-boot and died with a reboot."""
+    _run(wire.WorkerRestore(), output, json, None)
+
+
+@device.command("list")
+def device_list(output: _Output = "", json: _Json = False) -> None:
+    """Show devices with free and promised memory."""
+    _run(wire.DeviceList(), output, json, 60)
+
+
+@app.command("status")
+def status(output: _Output = "json", json: _Json = False) -> None:
+    """Show everything about this machine in one answer."""
+    _run(wire.Status(), output, json, 60)
+
+
+@app.command("doctor")
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without harm.")] = False,
+    output: _Output = "",
+    json: _Json = False,
+) -> None:
+    """Check this machine: libraries, disk, devices, models, workers."""
+    _run(wire.Doctor(fix=fix), output, json, 120)
+
+
+@app.command("rpc", hidden=True)
+def rpc() -> None:
+    """Serve one request of `llorch` (`llorch_pool.rpc`); the entry point takes it before this is reached."""
+    from llorch_pool.rpc import main as serve
+
+    os._exit(serve())

@@ -1,0 +1,34 @@
+"""Entry point of `llorch-pool`. `rpc` and `stream` take a short way in, without the command line's libraries."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run a command; exits with its code."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "rpc":
+        from llorch_pool.rpc import main as serve
+
+        _leave(serve())
+    if command == "stream":
+        from llorch_pool.transfer import main as stream
+
+        _leave(stream())
+    from llorch_pool.app import run
+
+    run()
+
+
+def _leave(rc: int) -> None:
+    """Exit at once: a thread that still waits for a dead socket must not hold the process."""
+    import os
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(rc)
+
+
+if __name__ == "__main__":
+    main()

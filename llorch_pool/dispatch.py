@@ -1,0 +1,138 @@
+"""One command in, its result out: what the command line and `rpc` have in common. Read `execute` first.
+
+Each branch imports what it needs: `worker list` must not pay for the Hub's client.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from typing import Any
+
+from llorch_pool.context import Context
+from llorch_pool.errors import PoolError, usage_error
+from llorch_wire import pool as wire
+
+
+def execute(context: Context, command: wire.AnyCommand) -> Any:
+    """Run a command. Returns what `RESULTS` promises for it. Raises PoolError."""
+    match command:
+        case (
+            wire.ModelDownload()
+            | wire.ModelList()
+            | wire.ModelShow()
+            | wire.ModelVerify()
+            | wire.ModelRemove()
+            | wire.ModelPartial()
+        ):
+            return _model(context, command)
+        case wire.WorkerSpawn():
+            return _spawn(context, command)
+        case wire.DeviceList():
+            return _devices(context)
+        case wire.Status():
+            return status(context)
+        case wire.Doctor():
+            from llorch_pool.doctor import check
+
+            return check(context, fix=command.fix)
+        case _:
+            return _worker(context, command)
+
+
+def _model(context: Context, command: wire.AnyCommand) -> Any:
+    from llorch_pool import models
+
+    match command:
+        case wire.ModelDownload():
+            return models.download(context, command)
+        case wire.ModelList():
+            return models.list_models(context)
+        case wire.ModelShow():
+            return models.show(context, command.name)
+        case wire.ModelVerify():
+            report = models.verify(context, command.name)
+            if not report.ok:
+                raise PoolError(
+                    f"{command.name} is damaged",
+                    detail="\n".join(report.problems),
+                    next_step=f"`model remove {command.name}` and download it again.",
+                    code="damaged",
+                )
+            return report
+        case wire.ModelRemove():
+            return models.remove(context, command.name, force=command.force)
+        case wire.ModelPartial():
+            return models.partial(context, command.name, command.digest)
+        case _:
+            raise AssertionError(command)
+
+
+def _spawn(context: Context, command: wire.WorkerSpawn) -> wire.WorkerInfo:
+    from llorch_pool import on_boot, spawn
+
+    info = spawn.spawn(context, command)
+    if command.on_boot and not command.dry_run:
+        obstacle = on_boot.enable(context)
+        if obstacle:
+            context.log(f"--on-boot: the worker runs, but will not come back by itself: {obstacle}", "warning")
+    return info
+
+
+def _worker(context: Context, command: wire.AnyCommand) -> Any:
+    from llorch_pool import lifecycle
+    from llorch_pool.registry import Registry
+
+    registry = Registry(context.paths.workers)
+    match command:
+        case wire.WorkerList():
+            return lifecycle.list_workers(registry)
+        case wire.WorkerStop():
+            ids = [record.worker_id for record in registry.all()] if command.all else command.worker_ids
+            if not ids and not command.all:
+                raise usage_error("which worker?", "Name workers, or use --all.")
+            return lifecycle.stop_workers(context, registry, ids, command.grace_s)
+        case wire.WorkerLogs():
+            from llorch_pool.logs import show
+
+            return show(context, registry, command)
+        case wire.WorkerCleanup():
+            return lifecycle.cleanup(context, registry, dry_run=command.dry_run)
+        case wire.WorkerRestore():
+            from llorch_pool.on_boot import restore
+
+            return restore(context)
+        case _:
+            raise AssertionError(command)
+
+
+def _devices(context: Context) -> list[wire.DeviceInfo]:
+    from llorch_pool.registry import Registry
+    from llorch_pool.spawn import list_devices
+
+    return list_devices(Registry(context.paths.workers))
+
+
+def status(context: Context) -> wire.PoolStatus:
+    """Everything about this machine in one answer."""
+    from llorch_pool import lifecycle, models
+    from llorch_pool.registry import Registry
+
+    registry = Registry(context.paths.workers)
+    folder = context.paths.models
+    while not folder.exists():
+        folder = folder.parent
+    disk = shutil.disk_usage(folder)
+    return wire.PoolStatus(
+        host=platform.node(),
+        version=wire.VERSION,
+        python=platform.python_version(),
+        devices=_devices(context),
+        models=models.list_models(context),
+        workers=lifecycle.list_workers(registry),
+        strays=lifecycle.strays(registry),
+        models_dir=str(context.paths.models),
+        state_dir=str(context.paths.state),
+        disk_free_bytes=disk.free,
+        disk_total_bytes=disk.total,
+    )

@@ -1,0 +1,84 @@
+"""Files that survive a crash and two operators: atomic writes, and locks with a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+from llorch_pool.context import Context
+from llorch_pool.errors import PoolError
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Write, fsync, rename, fsync the folder: a reader or a crash sees the old file or the new one, never half.
+
+    Raises PoolError when the disk is full, OSError otherwise.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary = Path(name)
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from error
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_full(path: Path) -> PoolError:
+    """The disk that holds `path` is full."""
+    return PoolError(
+        f"no space left on the disk that holds {path}",
+        next_step="Free space (`llorch-pool model list` shows sizes, `model remove` deletes) and run it again.",
+        code="disk_full",
+    )
+
+
+@contextlib.contextmanager
+def locked(path: Path, context: Context, *, what: str, waiting: str = "") -> Generator[None]:
+    """Hold the lock file `path` exclusively. Waits as long as `context` allows; says once that it waits.
+
+    The kernel drops the lock when its holder dies, so it can't go stale. Raises AbortedError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told and waiting:
+                    context.log(waiting)
+                    told = True
+            except OSError as error:
+                raise PoolError(
+                    f"can't lock {what} ({path}): {error.strerror}",
+                    next_step="File locks must work there: on NFS, mount without `nolock` or set XDG_STATE_HOME and "
+                    "LLORCH_MODELS to a local disk.",
+                ) from error
+            context.wait(0.05)
+        yield
+    finally:
+        os.close(handle)
