@@ -208,7 +208,7 @@ def problems(error: ValidationError) -> list[Problem]:
 
 
 # Pydantic names the member of a union in an error's location; a client never wrote these words.
-_UNION_TAGS = frozenset({"str", "list[TextPart]", "constrained-str"})
+_UNION_TAGS = frozenset({"str", "list[TextPart]", "constrained-str", "[key]"})
 _CROSS_FIELD = {
     "exactly one of prompt": "prompt",
     "min_tokens": "min_tokens",

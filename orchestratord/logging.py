@@ -18,8 +18,9 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 def configure(level: str, form: Literal["auto", "json", "console"], stream: TextIO | None = None) -> None:
     """Set up structlog and the standard library's root logger. Called once by the program, never at import."""
-    stream = stream or sys.stderr
-    as_json = form == "json" or (form == "auto" and not stream.isatty())
+    target: TextIO | None = stream or sys.stderr
+    is_terminal = target is not None and target.isatty()
+    as_json = form == "json" or (form == "auto" and not is_terminal)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -30,13 +31,13 @@ def configure(level: str, form: Literal["auto", "json", "console"], stream: Text
     renderer: Processor = (
         structlog.processors.JSONRenderer()
         if as_json
-        else structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=0)
+        else structlog.dev.ConsoleRenderer(colors=is_terminal, pad_event_to=0)
     )
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(target)
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]

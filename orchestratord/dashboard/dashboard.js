@@ -91,12 +91,12 @@ function showModels(models) {
 let feedAbort = new AbortController();
 
 async function followFleet() {
-  let last = null;
+  let last = "0-0"; // the oldest event that is kept
   for (;;) {
     feedAbort = new AbortController();
     try {
       const response = await call("/v2/fleet/events", {
-        headers: last ? { "Last-Event-ID": last } : {},
+        headers: { "Last-Event-ID": last },
         signal: feedAbort.signal,
       });
       for await (const { data, id } of events(response)) {
