@@ -27,6 +27,9 @@ CounterName: TypeAlias = Literal[
     "store_errors",  # label: operation
     "readers_cut_off",  # label: reason: `behind`, `stopping`
     "commits",  # label: "" ; one append pipeline each
+    "webhooks",  # label: outcome
+    "tasks_retired",  # label: ""
+    "audit_findings",  # label: invariant
 ]
 
 MeasureName: TypeAlias = Literal[

@@ -1,0 +1,133 @@
+"""Where a reader stands in a task's log, and what is new to it. Pure. Read `Cursor.fresh` first.
+
+A position is (attempt, n); tokens stand at n = index + 1. Log entries hold several tokens and may overlap (two owners
+of one attempt), and a failover may have rolled the log back: so a reader takes only positions beyond its own, and of
+tokens only the index that it needs next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llorch_wire.errors import ApiError, ErrorCode
+from llorch_wire.events import (
+    TERMINAL_SEQUENCE,
+    MigratedEvent,
+    StartedEvent,
+    TaskEvent,
+    TokenEvent,
+    decode_task_event,
+    parse_position,
+    token_position,
+)
+from orchestratord.store.types import LogEntry
+from orchestratord.values import StreamItem
+
+START = (0, 0)
+
+
+@dataclass
+class Cursor:
+    """The last position taken, and the index of the next token where it is known."""
+
+    position: tuple[int, int] = START
+    next_index: int | None = None
+
+    @property
+    def text(self) -> str:
+        """As `read_log` takes it."""
+        return f"{self.position[0]}-{self.position[1]}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the terminal event was taken."""
+        return self.position[1] == TERMINAL_SEQUENCE
+
+    def fresh(self, entries: Iterable[LogEntry]) -> list[StreamItem]:
+        """What these entries hold beyond the cursor, which moves on."""
+        items: list[StreamItem] = []
+        for entry in entries:
+            position = parse_position(entry.position)
+            if entry.kind == "tokens":
+                items += self.fresh_tokens(position[0], entry.tokens)
+            elif position > self.position:
+                event = decode_task_event(entry.kind, entry.data)
+                if event is None:
+                    continue
+                self.position = position
+                if self.next_index is None:
+                    self.next_index = _next_index_after(event)
+                items.append(StreamItem(event, entry.position))
+        return items
+
+    def fresh_tokens(self, attempt: int, tokens: Iterable[TokenEvent]) -> list[StreamItem]:
+        """What is new of these tokens of one attempt."""
+        items: list[StreamItem] = []
+        for token in tokens:
+            index = token.i
+            if (attempt, index + 1) > self.position and (self.next_index is None or index == self.next_index):
+                self.position = (attempt, index + 1)
+                self.next_index = index + 1
+                items.append(StreamItem(token, token_position(attempt, index)))
+        return items
+
+    def fresh_items(self, items: Iterable[StreamItem]) -> list[StreamItem]:
+        """What is new of these items; those without a position pass only once something before them was new."""
+        taken: list[StreamItem] = []
+        for item in items:
+            if item.position is None:
+                if taken:
+                    taken.append(item)
+                continue
+            position = parse_position(item.position)
+            if isinstance(item.event, TokenEvent):
+                taken += self.fresh_tokens(position[0], (item.event,))
+            elif position > self.position:
+                self.position = position
+                taken.append(item)
+        return taken
+
+    def can_take(self, attempt: int, first_index: int) -> bool:
+        """Whether tokens of this attempt from `first_index` on leave no gap after what was taken."""
+        return self.position[0] == attempt and self.next_index is not None and first_index <= self.next_index
+
+
+def _next_index_after(event: TaskEvent) -> int | None:
+    if isinstance(event, MigratedEvent):
+        return event.tokens_kept
+    return 0 if isinstance(event, StartedEvent) else None
+
+
+def open_cursor(after: str | None, first: str, last: str, sealed: bool, tokens_logged: int) -> Cursor:
+    """The cursor for `Last-Event-ID`, None: from the start. `first`, `last`: positions that the log holds now.
+
+    Raises ApiError INVALID_PARAMS for what is no position, GONE when the log no longer reaches back to it, CONFLICT
+    when it is ahead of a log that has ended. One ahead of a live log (its tail was lost in a failover) waits for it.
+    """
+    try:
+        wanted = START if after is None else parse_position(after)
+    except ValueError:
+        raise ApiError(
+            ErrorCode.INVALID_PARAMS,
+            "Last-Event-ID (or `after`) must be an id that this task's stream gave, like `1-42`: send that, or leave "
+            "it out to read from the start",
+            param="Last-Event-ID",
+        ) from None
+    begins = parse_position(first)
+    if begins != (0, 1) and wanted < begins:
+        raise ApiError(
+            ErrorCode.GONE,
+            f"the log begins at {first} now: read on from there, or take the text from GET /v2/tasks/{{id}}",
+            param="Last-Event-ID",
+        )
+    attempt, number = wanted
+    is_token = 0 < number < TERMINAL_SEQUENCE and attempt > 0
+    beyond = wanted > parse_position(last) or (is_token and number > tokens_logged)
+    if sealed and beyond:
+        raise ApiError(
+            ErrorCode.CONFLICT,
+            f"this id is ahead of the finished stream, which ends at {last}: read again from the start",
+            param="Last-Event-ID",
+        )
+    return Cursor(wanted, number if is_token else None)

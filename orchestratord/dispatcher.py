@@ -1,0 +1,161 @@
+"""From queue to worker: snapshot → plan → claim → relay, for every model with waiting tasks. Read `Dispatcher.serve`.
+
+| race | who wins |
+|---|---|
+| two replicas plan the same queue | the claim that comes first; the other's version is old, it plans again |
+| a claim whose answer is lost | it stands; `Replicas` finds the task without a relay and attaches it |
+| claim against cancel or deadline | the store: a task is in one place |
+| claim against a worker's death | the relay notices and sends the task back |
+| two replicas ask batch tasks to yield | both choose the same ones; the worker yields once |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from orchestratord.planner import Plan, PlanMemory, PlanPolicy, plan
+from orchestratord.relay import Start
+from orchestratord.store.errors import StoreUnavailableError
+from orchestratord.store.types import Claimed, RunningTask, Snapshot
+
+if TYPE_CHECKING:
+    from orchestratord.house import House
+
+MAX_PLANS = 8
+"""Plans a round and model: more wait for the next round, so that one busy model doesn't hold up the others."""
+PER_QUEUE = 16
+PENDING_S = 2.0
+MIN_PAUSE_S = 0.01
+"""After a round without a claim: a flood of admissions into full workers must not become a busy loop."""
+MAX_REMEMBERED = 10_000
+
+
+class Dispatcher:
+    """The scheduling loop of one replica."""
+
+    def __init__(self, house: House, policy: PlanPolicy) -> None:
+        self._house = house
+        self._policy = policy
+        self._woken = asyncio.Event()
+        self._closing = False
+        self._pending: dict[tuple[str, int], float] = {}
+        self._idle_preemptions: dict[str, tuple[int, int]] = {}
+        """task → (preemptions in a row without a token between them, tokens then)"""
+        self._log = structlog.get_logger("orchestratord.dispatcher")
+
+    def wake(self) -> None:
+        """Something may be placeable now."""
+        self._woken.set()
+
+    def close(self) -> None:
+        """No new claims; `run` returns once the present one is answered."""
+        self._closing = True
+        self._woken.set()
+
+    async def run(self) -> None:
+        """A round whenever woken, and at least every `dispatch_s`, until `close`."""
+        while not self._closing:
+            try:
+                async with asyncio.timeout(self._house.settings.dispatch_s):
+                    await self._woken.wait()
+            except TimeoutError:
+                pass
+            self._woken.clear()
+            try:
+                claimed = await self.round()
+            except StoreUnavailableError:
+                self._house.observations.count("store_errors", "dispatch")
+                claimed = 0
+            if not claimed:
+                await asyncio.sleep(MIN_PAUSE_S)
+
+    async def round(self) -> int:
+        """Serve every model once. Returns the number of tasks claimed. Raises StoreUnavailableError."""
+        if self._closing or not self._house.replicas.holds_lease():
+            return 0  # what a replica without a lease claims would be adopted at once
+        claimed = 0
+        for model in await self._house.store.waiting_models():
+            claimed += await self.serve(model)
+        return claimed
+
+    async def serve(self, model: str) -> int:
+        """Plan and claim until nothing more can be placed."""
+        house, total = self._house, 0
+        for tries in range(MAX_PLANS):
+            if self._closing:
+                return total
+            begun = time.monotonic()
+            snapshot = await house.store.snapshot(model, per_queue=PER_QUEUE)
+            decision = await self._plan(snapshot)
+            if not decision.assignments:
+                self._let_yield(decision)
+                return total
+            claimed = await house.store.claim(house.replicas.replica_id, model, snapshot.version, decision.assignments)
+            for item in claimed:
+                self._start(item)
+            total += len(claimed)
+            house.observations.measure("plan_s", time.monotonic() - begun, model)
+            if not claimed:
+                house.observations.count("claim_conflicts", model)
+                await asyncio.sleep(random.uniform(0, 0.005) * (tries + 1))
+            elif len(claimed) == len(snapshot.waiting) < PER_QUEUE:
+                return total  # no queue was longer than what was seen of it
+        self.wake()
+        return total
+
+    async def _plan(self, snapshot: Snapshot) -> Plan:
+        now = time.monotonic()
+        self._pending = {key: until for key, until in self._pending.items() if until > now}
+        rates = await self._house.fleet.rates(snapshot.model)
+        memory = PlanMemory(
+            mean_tokens_out=rates.tokens_out if rates and rates.samples else None,
+            pending=self._pending.keys(),
+            idle_preemptions=self._idle_of(snapshot),
+        )
+        return plan(snapshot, self._policy, memory)
+
+    def _start(self, claimed: Claimed) -> None:
+        house, task = self._house, claimed.task
+        house.relays.start(task, Start(claimed.payload, claimed.resume_token_ids))
+        house.followers.kick(task.task_id)
+        house.observations.count("attempts_started", task.model)
+        if task.attempt == 1:
+            waited_s = max(0, task.claimed_at_ms - task.created_at_ms) / 1000
+            house.observations.measure("scheduling_latency_s", waited_s, task.priority)
+            verdict = house.fleet.book.settle(task.task_id, task.claimed_at_ms)
+            if verdict is not None:
+                house.observations.count("forecast_starts", verdict)
+
+    def _let_yield(self, decision: Plan) -> None:
+        for task in decision.preemptions:
+            self._pending[task.task_id, task.attempt] = time.monotonic() + PENDING_S
+            self._remember(task)
+            self._house.observations.count("preemptions", task.model)
+            self._house.spawn(self._yield(task), name=f"preempt {task.task_id}:{task.attempt}")
+
+    async def _yield(self, task: RunningTask) -> None:
+        asked = await self._house.client.cancel(
+            task.worker_url, task.task_id, task.attempt, "preempt", task.correlation_id
+        )
+        self._log.info("asked to yield", task_id=task.task_id, worker_id=task.worker_id, confirmed=asked)
+
+    def _idle_of(self, snapshot: Snapshot) -> dict[str, int]:
+        """Preemptions in a row of running tasks that have generated nothing since."""
+        idle: dict[str, int] = {}
+        for task in snapshot.running:
+            times, tokens_then = self._idle_preemptions.get(task.task_id, (0, -1))
+            if tokens_then == task.tokens_logged:
+                idle[task.task_id] = times
+        return idle
+
+    def _remember(self, task: RunningTask) -> None:
+        times, tokens_then = self._idle_preemptions.pop(task.task_id, (0, -1))
+        times = times + 1 if task.tokens_logged == tokens_then else 1
+        self._idle_preemptions[task.task_id] = (times, task.tokens_logged)
+        while len(self._idle_preemptions) > MAX_REMEMBERED:
+            del self._idle_preemptions[next(iter(self._idle_preemptions))]

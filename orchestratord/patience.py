@@ -1,0 +1,34 @@
+"""Waiting for Redis to come back: what must be written is tried until it is, however long that takes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from orchestratord.observations import Observations
+from orchestratord.store.errors import StoreUnavailableError
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 0.8
+
+
+async def until_stored(call: Callable[[], Awaitable[T]], observations: Observations, operation: str) -> T:
+    """Result of `call`, tried again while the store is unavailable. Every store method may be repeated as it is."""
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return await call()
+        except StoreUnavailableError:
+            observations.count("store_errors", operation)
+            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+
+def backoff_ms(failures: int, *, first_ms: int = 200, longest_ms: int = 10_000, spread: float | None = None) -> int:
+    """Pause before attempt number `failures` + 1: doubling, bounded, with jitter (`spread` in 0..1 fixes it)."""
+    full = min(longest_ms, first_ms * 2 ** max(0, min(failures, 16)))
+    return round(full * (0.75 + 0.5 * (random.random() if spread is None else spread)))
