@@ -208,8 +208,13 @@ class Generations:
         return len(self._known) - len(self._done)
 
     @property
-    def num_unread(self) -> int:
-        """Readers that haven't got everything up to the terminal event yet."""
+    def num_retained(self) -> int:
+        """Ended attempts that aren't acknowledged yet."""
+        return len(self._done)
+
+    @property
+    def num_readers(self) -> int:
+        """Open streams."""
         return sum(len(generation.readers) for generation in self._known.values())
 
     def running(self) -> list[RunningAttempt]:

@@ -132,8 +132,13 @@ class Supervisor:
         self.stats = EngineStats()
         self.instance_id = str(uuid.uuid4())
         oom_kills = count_oom_kills()
-        process, client = await self._spawn()
-        self._client, self.pid = client, process.pid
+        client = self._client = EngineClient(self._take, self._clock)
+        try:
+            process = await self._spawn(client)
+        except OSError as error:
+            self._client = None
+            return Death(f"the engine can't be started: {error.strerror}", "INTERNAL")
+        self.pid = process.pid
         try:
             async with asyncio.TaskGroup() as group:
                 output = group.create_task(self._copy_output(process))
@@ -153,7 +158,7 @@ class Supervisor:
         self._mourn(death)
         return death
 
-    async def _spawn(self) -> tuple[asyncio.subprocess.Process, EngineClient]:
+    async def _spawn(self, client: EngineClient) -> asyncio.subprocess.Process:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -164,9 +169,8 @@ class Supervisor:
                 stderr=asyncio.subprocess.STDOUT,
                 env=child_environment(os.environ),
             )
-        client = EngineClient(self._take, self._clock)
         await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=ours)
-        return process, client
+        return process
 
     async def _until_gone(self, client: EngineClient) -> None:
         """Returns when the connection is closed, by the engine's end or because it took too long over something."""
