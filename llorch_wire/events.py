@@ -129,7 +129,7 @@ class EndEvent(msgspec.Struct, frozen=True, kw_only=True):
     determinism: Determinism | None = None
 
 
-class ErrorEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ErrorEvent(msgspec.Struct, frozen=True, kw_only=True):
     """The task failed for good (at a worker: this attempt failed)."""
 
     EVENT: ClassVar[str] = "error"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from llorch_wire.errors import ApiError, ErrorCode
@@ -284,3 +286,12 @@ async def until(condition: Any) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def golden(name: str, transcript: bytes) -> bytes:
+    """The transcript kept as golden/<name>.sse; `LLORCH_GOLDEN=write` keeps this one instead."""
+    path = Path(__file__).parent / "golden" / f"{name}.sse"
+    if os.environ.get("LLORCH_GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(transcript)
+    return path.read_bytes()

@@ -166,7 +166,7 @@ class Answer:
             elif isinstance(event, EndEvent):
                 end = event
         frames: list[bytes] = []
-        if (tokens or end is not None) and index not in opened:
+        if self._shape.opens and (tokens or end is not None) and index not in opened:
             opened.add(index)
             frames.append(self._chunk(index, [], None, opening=True))
         if self._translated.logprobs or any(token.t for token in tokens):

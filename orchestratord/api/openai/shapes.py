@@ -41,7 +41,9 @@ class ChoiceSoFar:
 
 
 class Shape(Protocol):
-    """One of the two kinds of completion."""
+    """One of the two kinds of completion. `opens`: a choice's stream begins with a chunk that names the role."""
+
+    opens: bool
 
     def chunk(self, head: Head, index: int, tokens: Sequence[TokenEvent], finish: str | None, opening: bool) -> Json:
         """One chunk of a stream: what `tokens` say; `opening` on a choice's first, `finish` on its last."""
@@ -87,6 +89,8 @@ def error_frame(error: ApiError) -> bytes:
 class ChatShape:
     """`chat.completion` and its chunks."""
 
+    opens = True
+
     def __init__(self, *, logprobs: bool) -> None:
         self._logprobs = logprobs
 
@@ -123,6 +127,8 @@ class ChatShape:
 
 class CompletionShape:
     """`text_completion` and its chunks, which look alike."""
+
+    opens = False
 
     def __init__(self, *, logprobs: bool) -> None:
         self._logprobs = logprobs
