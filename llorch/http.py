@@ -6,12 +6,11 @@ retries; who calls decides that. Every wait is bounded, and so is every answer.
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 import typer
@@ -19,6 +18,9 @@ import typer
 from llorch.config import Settings
 from llorch.errors import AccessProblem, ApiFailure, CliError, TimedOut, Unreachable, UsageProblem
 from llorch_wire.sse import MEDIA_TYPE, SseFrame, SseOverflowError, SseParser
+
+if TYPE_CHECKING:  # with ssl it is a third of a command's start, and no --help needs it
+    import http.client
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
@@ -79,6 +81,8 @@ class Api:
     def _send(
         self, method: str, path: str, query: Query | None, body: Any, headers: dict[str, str], timeout_s: float
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        import http.client
+
         target = self._parts.path + path
         if query and (given := {name: value for name, value in query.items() if value is not None}):
             target += "?" + urlencode(given)
@@ -100,6 +104,8 @@ class Api:
             raise
 
     def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        import http.client
+
         host, port = self._parts.hostname or "", self._parts.port
         connect_s = min(CONNECT_TIMEOUT_S, timeout_s)
         if self._parts.scheme == "https":
@@ -116,6 +122,8 @@ class Api:
         return connection
 
     def _json(self, response: http.client.HTTPResponse) -> Any:
+        import http.client
+
         try:
             raw = response.read(MAX_ANSWER_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -196,6 +204,8 @@ class EventStream:
                 raise Unreachable(f"{self._url}: {error}", next_step="llorch status", connected=True) from None
 
     def _read(self) -> bytes:
+        import http.client
+
         try:
             return self._response.read1(READ_BYTES)
         except TimeoutError:
@@ -287,6 +297,8 @@ def _retry_after_ms(field: Any, header: str | None) -> int | None:
 
 
 def _reason(error: Exception) -> str:
+    import http.client
+
     if isinstance(error, ConnectionRefusedError):
         return "nothing listens there (connection refused)"
     if isinstance(error, TimeoutError):

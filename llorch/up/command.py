@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +70,8 @@ def up(
 
 def run(options: UpOptions, set_keys: dict[str, str | None], *, as_json: bool) -> int:
     """Run the stack on its data folder. Returns the exit code."""
+    import asyncio
+
     from llorch.up.datadir import DataDir, keys_for
     from llorch.up.plan import is_loopback
     from llorch.up.report import Reporter
