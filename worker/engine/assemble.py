@@ -16,11 +16,12 @@ from worker.engine.attention import choose_attention
 from worker.engine.block_manager import BlockManager
 from worker.engine.cpu_linear import pack_linears
 from worker.engine.exactness import forward_is_exact
+from worker.engine.experts import EXPERTS_NAME, register_experts
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.loader import LoadedModel, LoadError, load_model
 from worker.engine.loop import Channel, EngineLoop
 from worker.engine.machine import CPU_KV_SHARE, MAX_CPU_KV_BYTES, available_memory_bytes
-from worker.engine.model_runner import ATTENTION_NAME, EXPERTS_NAME, ModelRunner, register_attention
+from worker.engine.model_runner import ATTENTION_NAME, ModelRunner, register_attention
 from worker.engine.protocol import EngineCapabilities, EngineReady
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
@@ -65,6 +66,7 @@ def build_engine(
     """Load the model and size everything. Raises LoadError with what to do."""
     device = choose_device(options.device)
     register_attention()
+    register_experts()
     progress("reading weights", 0.0)
     loaded = load_model(
         options.model_dir,
@@ -195,7 +197,7 @@ def _cuda_budget(loaded: LoadedModel, batch_tokens: int, device: torch.device) -
     except torch.OutOfMemoryError as error:
         raise LoadError(
             "OUT_OF_MEMORY",
-            "no memory for a step of the largest size; lower --max-batch-tokens or use a smaller model.",
+            "no memory for the largest step; lower --max-batch-tokens or use a smaller model.",
         ) from error
     step = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

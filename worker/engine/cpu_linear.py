@@ -20,7 +20,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features = linear.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        bias: torch.Tensor | None = linear.bias
+        self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""

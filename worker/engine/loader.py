@@ -49,7 +49,9 @@ def load_model(
     folder: Path, *, device: torch.device, dtype: str, attention_name: str, experts_name: str | None = None
 ) -> LoadedModel:
     """Read a Hugging Face folder onto `device`. Raises LoadError with what to do."""
-    config = _read_json(folder / "config.json", required=True)
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise LoadError("CONFIG_MISSING", f"{folder / 'config.json'} does not exist; is this a model folder?")
     try:
         architecture = check_supported(config)
     except UnsupportedModelError as error:
@@ -58,7 +60,7 @@ def load_model(
     vocab_size = _positive(config, "vocab_size")
     _check_tokenizer(folder, vocab_size)
     chosen = choose_dtype(dtype, config, device)
-    model = _read_weights(folder, device, chosen, attention_name, experts_name)
+    model = _read_weights(folder, device, chosen, attention_name, experts_name if "num_experts_per_tok" in config else None)
     return LoadedModel(
         model=model,
         architecture=architecture,
@@ -80,7 +82,7 @@ def choose_dtype(name: str, config: Mapping[str, Any], device: torch.device) -> 
 
 def check_weight_files(folder: Path) -> None:
     """Raise LoadError unless every safetensors file of the model is there and as long as its header says."""
-    index = _read_json(folder / "model.safetensors.index.json", required=False)
+    index = _read_json(folder / "model.safetensors.index.json")
     names = ["model.safetensors"] if index is None else sorted(set(index.get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
@@ -134,7 +136,7 @@ def _read_weights(
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"experts_implementation": experts_name} if experts_name else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention_name,
@@ -144,6 +146,7 @@ def _read_weights(
             output_loading_info=True,
             **options,
         )
+        model, info = loaded
         model = model.to(device).eval()
     except torch.OutOfMemoryError as error:
         raise LoadError("OUT_OF_MEMORY", "the weights don't fit on the device; use a smaller model.") from error
@@ -162,7 +165,7 @@ def _read_weights(
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any], vocab_size: int) -> frozenset[int]:
-    generation = _read_json(folder / "generation_config.json", required=False) or {}
+    generation = _read_json(folder / "generation_config.json") or {}
     for source in (generation, config):
         value = source.get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
@@ -172,10 +175,8 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any], vocab_size: int) -> 
     return frozenset()
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
-        if required:
-            raise LoadError("CONFIG_MISSING", f"{path} does not exist; is this a Hugging Face model folder?")
         return None
     try:
         value = json.loads(path.read_text("utf-8"))

@@ -64,10 +64,10 @@ def main(argv: list[str]) -> int:
 def _serve(args: argparse.Namespace, threads: int, channel: EngineChannel) -> int:
     import torch
 
+    from worker.engine.assemble import EngineOptions, build_engine
     from worker.engine.loader import LoadError
     from worker.engine.loop import DeviceFaultError, log_to_stderr, logger
     from worker.engine.protocol import EngineLoadFailed, EngineLoading
-    from worker.engine.assemble import EngineOptions, build_engine
 
     log_to_stderr()
     torch.set_num_threads(threads)

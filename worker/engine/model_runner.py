@@ -6,7 +6,7 @@ is registered under a name of ours and that gets the step's plan passed through 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -18,8 +18,6 @@ from worker.engine.scheduler import Chunk
 
 ATTENTION_NAME = "llorch_packed"
 """Neither "flash" nor a `paged|` prefix may stand in it: transformers looks for both inside the name."""
-
-EXPERTS_NAME = None
 
 ROW_MULTIPLE = 8
 """Rows of a batch are padded to a multiple of this: over fewer rows a matrix product takes another path."""
@@ -49,7 +47,7 @@ def _attend(
     attention: Attention = kwargs["packed_attention"]
     out = attention.attend(
         kwargs["packed_plan"],
-        module.layer_idx,
+        cast("int", module.layer_idx),
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -67,8 +65,8 @@ class ModelRunner:
     """A model, its cache and its attention. Not thread-safe."""
 
     def __init__(self, model: PreTrainedModel, cache: KVCache, attention: Attention) -> None:
-        self._base: torch.nn.Module = model.get_decoder()
-        self._head: torch.nn.Module = model.get_output_embeddings()
+        self._base = cast("torch.nn.Module", model.get_decoder())
+        self._head = cast("torch.nn.Module", model.get_output_embeddings())
         self._cache = cache
         self._attention = attention
         self._device = cache.pool.device
