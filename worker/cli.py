@@ -61,9 +61,9 @@ def serve(settings: Settings) -> int:
     """Run a worker until it is told to stop; its exit status."""
     import uvloop
 
+    from worker.http_server import listen
     from worker.logs import configure
     from worker.model_files import ModelFilesError, resolve
-    from worker.http_server import listen
     from worker.tokenizer import ModelTokenizer
 
     configure(settings.log_level, settings.log_format)
