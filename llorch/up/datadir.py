@@ -87,7 +87,7 @@ class DataDir:
     def _await_leftovers(self) -> None:
         """Wait until the children of the last `up` are gone; they die with it, so this takes milliseconds."""
         recorded = _read_json(self.path / "running.json", [])
-        left = [(entry["pid"], entry["start_time"]) for entry in recorded if isinstance(entry, dict)]
+        left = [(entry["pid"], entry["start_time"]) for entry in recorded if _names_a_process(entry)]
         for patience_s, force in ((LEFTOVER_WAIT_S, False), (LEFTOVER_WAIT_S, True)):
             deadline = time.monotonic() + patience_s
             if force:
@@ -174,6 +174,10 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _names_a_process(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("pid"), int) and isinstance(entry.get("start_time"), str)
 
 
 def _read_json(path: Path, fallback: Any) -> Any:
