@@ -56,13 +56,13 @@ def describe_exception(error: BaseException) -> dict[str, object]:
     """Type and stack of an exception, innermost frame last, without messages and values."""
     frames = traceback.extract_tb(error.__traceback__)[-12:]
     described: dict[str, object] = {
-        "exception": f"{type(error).__module__}.{type(error).__qualname__}",
-        "stack": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+        "error_type": f"{type(error).__module__}.{type(error).__qualname__}",
+        "error_frames": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
     }
     if isinstance(error, BaseExceptionGroup):
-        described["exceptions"] = [describe_exception(inner) for inner in error.exceptions[:4]]
+        described["errors"] = [describe_exception(inner) for inner in error.exceptions[:4]]
     elif error.__cause__ is not None:
-        described["cause"] = describe_exception(error.__cause__)
+        described["error_cause"] = describe_exception(error.__cause__)
     return described
 
 

@@ -35,6 +35,7 @@ def create_app(orchestrator: Orchestrator, settings: Settings, metrics: Metrics)
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"logs": False},  # its records would carry exception messages, which may quote a prompt
     )
     app.state.services = Services(orchestrator, settings, Keyring(settings), metrics)
     for router in (tasks.router, workers.router, openai_routes.router, meta.router, pages.router):

@@ -131,13 +131,17 @@ class EventStream(EventSourceResponse):
     async def _body(self) -> AsyncGenerator[bytes, None]:
         assert self._first is not None and self._source is not None
         chunk = await self._first
-        if isinstance(chunk, ApiError):
-            yield self._late_error(chunk)
-        elif chunk is not None:
+        failure = chunk if isinstance(chunk, ApiError) else None
+        if isinstance(chunk, bytes):
             yield chunk
-            async for chunk in self._source:
-                if chunk:
-                    yield chunk
+            try:
+                async for chunk in self._source:
+                    if chunk:
+                        yield chunk
+            except ApiError as error:
+                failure = error
+        if failure is not None:
+            yield self._late_error(failure)
         self._finished = True
 
     async def _on_close(self, _message: Message) -> None:

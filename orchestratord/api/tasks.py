@@ -26,7 +26,7 @@ from orchestratord.api.context import correlation_id
 from orchestratord.api.errors import invalid
 from orchestratord.api.services import services
 from orchestratord.api.sse import EventStream, render
-from orchestratord.runtime import StreamItem, Submitted, TaskView, Tenant
+from orchestratord.runtime import Submitted, TaskView, Tenant
 
 router = APIRouter(tags=["tasks"])
 
@@ -135,7 +135,7 @@ def event_stream(
     s = services(request)
 
     async def frames(_group: asyncio.TaskGroup) -> AsyncGenerator[bytes, None]:
-        follower = cast("AsyncGenerator[list[StreamItem], None]", s.orchestrator.follow(task_id, tenant, after))
+        follower = s.orchestrator.follow(task_id, tenant, after)
         async with contextlib.aclosing(follower):
             async for items in follower:
                 if items:

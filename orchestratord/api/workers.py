@@ -115,7 +115,7 @@ async def fleet_events(request: Request) -> Response:
     after = cursor_of(request)
 
     async def frames(_group: asyncio.TaskGroup) -> AsyncGenerator[bytes, None]:
-        feed = cast("AsyncGenerator[list[FleetEvent], None]", s.orchestrator.fleet(after))
+        feed = s.orchestrator.fleet(after)
         async with contextlib.aclosing(feed):
             async for events in feed:
                 if events:
