@@ -1,14 +1,35 @@
-"""The state of every task, worker and replica. One async method a transition, each one Lua script."""
+"""The state of every task, worker and replica. One async method a transition, each one Lua script in `lua/`.
+
+Nothing outside of this package knows Redis. `now_ms=None` means Redis' own clock; tests give a time. Every method may
+raise StoreUnavailableError, and every method may be called again after it: a transition recognises its own second call.
+
+Read `admit`, `claim`, `append`, `complete` in this order: it is a task's way. docs/redis-state.md lists keys, log layout
+and invariants.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
 
-from llorch_wire.events import EndEvent, ErrorEvent
-from llorch_wire.tasks import TaskStatus
-from llorch_wire.worker import Heartbeat, WorkerRegistration
+from redis import exceptions
+from redis.asyncio import Redis, RedisCluster
+
+from llorch_wire.errors import ErrorCode
+from llorch_wire.events import EndEvent, ErrorEvent, encode_data
+from orchestratord.store import codec, connection
+from orchestratord.store.audit import audit
+from orchestratord.store.base import moment
+from orchestratord.store.errors import LogGapError
+from orchestratord.store.errors import StoreUnavailableError as StoreUnavailableError
+from orchestratord.store.errors import StoreUrlError as StoreUrlError
+from orchestratord.store.fleet import FleetStore
+from orchestratord.store.hints import HintReader
+from orchestratord.store.keys import ANCHOR
+from orchestratord.store.reads import ReadStore
 from orchestratord.store.types import (
     Admitted,
     AppendOutcome,
@@ -16,57 +37,83 @@ from orchestratord.store.types import (
     CancelOutcome,
     Claimed,
     Finding,
-    FleetEvent,
-    HeartbeatOutcome,
-    LogEntry,
     NewTask,
-    QueueDepth,
     QueueLimits,
     Refused,
-    ReplicaView,
     RequeueOutcome,
     RequeueReason,
     RunningTask,
-    ServiceRates,
-    Snapshot,
     SweepReport,
-    TaskRecord,
     TokenBatch,
-    WorkerView,
 )
 
+_DROPPED = ErrorEvent(
+    code=ErrorCode.QUEUE_FULL,
+    message="the queue was full and the task made room for interactive work: submit it again later",
+    retriable=True,
+)
+_APPEND_OUTCOMES: dict[int, AppendOutcome] = {-1: "appended", -2: "covered", -3: "stale"}
+_APPEND_CHUNK = 64
+_MEMORY_READ_S = 1.0
 
-class Hints(Protocol):
-    """Wake-ups. Iterate for names; names that came while nobody looked are given once each."""
 
-    async def subscribe(self, name: str) -> None: ...
-    async def unsubscribe(self, name: str) -> None: ...
-    def __aiter__(self) -> AsyncIterator[str]: ...
-
-
-class Store:
-    """See docs/internals.md, section Store. `now_ms=None` is Redis `TIME`."""
+class Store(ReadStore, FleetStore):
+    """Every transition of a task; reads and the fleet come from the two bases."""
 
     @classmethod
     async def connect(
         cls, url: str, *, jobs: bool = False, timeout_s: float = 5.0, memory_watermark: float = 0.9
     ) -> Store:
-        """Raises StoreUrlError, StoreUnavailableError."""
-        raise NotImplementedError
+        """A store that has reached Redis once.
 
-    async def aclose(self) -> None: ...
-    async def ping(self) -> None:
-        """Raises StoreUnavailableError."""
+        `url` is redis://, rediss://, unix:///path, redis+sentinel://host:port,host:port/service/db or
+        redis+cluster://host:port,host:port. `jobs` says that background jobs are to run on it too, which Redis Cluster
+        can't. `memory_watermark` is the share of `maxmemory` from which admissions are refused. Raises StoreUrlError,
+        StoreUnavailableError.
+        """
+        if jobs and connection.parse_url(url).kind == "cluster":
+            raise StoreUrlError("background jobs don't run on Redis Cluster: give them a single Redis (jobs_redis_url)")
+        return cls(await connection.connect(url, timeout_s), memory_watermark=memory_watermark)
 
-    def healthy_for_s(self) -> float:
-        """Seconds since the last failed command, monotonic."""
-        raise NotImplementedError
+    async def admit(self, task: NewTask, limits: QueueLimits, *, now_ms: int | None = None) -> Admitted | Refused:
+        """Queues a task. The same task_id or idempotency key with the same body gives the task that exists, with
+        `created` false; with another body, or under another tenant's id, it is a conflict. Raises ValueError for a
+        prefix hash with spaces."""
+        reply = await self._run(
+            "admit",
+            moment(now_ms),
+            uuid.uuid4().hex,
+            limits.per_model,
+            limits.per_tenant,
+            limits.total,
+            int(limits.policy == "drop_oldest_batch"),
+            int(await self._is_memory_full()),
+            task.payload,
+            encode_data(_DROPPED),
+            *codec.task_fields(task),
+        )
+        if reply[0] == b"refused":
+            return codec.refused(reply)
+        return codec.admitted(reply)
 
-    async def admit(self, task: NewTask, limits: QueueLimits, *, now_ms: int | None = None) -> Admitted | Refused: ...
-    async def models(self) -> list[str]: ...
-    async def model_known(self, model: str) -> bool: ...
-    async def snapshot(self, model: str, *, per_queue: int = 16, now_ms: int | None = None) -> Snapshot: ...
-    async def waiting_models(self) -> list[str]: ...
+    async def _is_memory_full(self) -> bool:
+        if self._memory_read_at is None or time.monotonic() - self._memory_read_at > _MEMORY_READ_S:
+            self._memory_read_at = time.monotonic()
+            self._memory_full = await self._memory_share() >= self._memory_watermark
+        return self._memory_full
+
+    async def _memory_share(self) -> float:
+        client = self._connection.client
+        options: dict[str, Any] = {}
+        if isinstance(client, RedisCluster):
+            options["target_nodes"] = client.get_node_from_key(ANCHOR)
+        try:
+            memory = await self._connection.call(lambda: client.info("memory", **options))
+        except exceptions.ResponseError:  # a server that doesn't tell (INFO may be forbidden by an ACL)
+            return 0.0
+        bound = int(memory.get("maxmemory", 0))
+        return int(memory["used_memory"]) / bound if bound else 0.0
+
     async def claim(
         self,
         replica_id: str,
@@ -75,14 +122,77 @@ class Store:
         assignments: Sequence[Assignment],
         *,
         now_ms: int | None = None,
-    ) -> list[Claimed]: ...
-    async def append(self, batches: Sequence[TokenBatch]) -> list[AppendOutcome]: ...
-    async def record_prompt_tokens(self, task_id: str, attempt: int, tokens_in: int) -> None: ...
+    ) -> list[Claimed]:
+        """Starts attempts, all in one step, for the assignments that still hold: task waiting and within its deadline,
+        worker ready with a free slot, pin respected, the same weights and dtype when tokens were kept. Empty when
+        `version` is no longer the model's: take a new snapshot and plan again. Charges the tenants."""
+        if not assignments:
+            return []
+        flat = [part for pair in assignments for part in (pair.task_id, pair.worker_id, repr(float(pair.charge)))]
+        rows = await self._run("claim", moment(now_ms), replica_id, model, version, uuid.uuid4().hex, *flat)
+        claimed = await asyncio.gather(*(self._claimed(codec.running_task(row), payload) for row, payload in rows))
+        return [one for one in claimed if one is not None]
+
+    async def _claimed(self, task: RunningTask, payload: bytes | None) -> Claimed | None:
+        ids = await self.token_ids(task.task_id) if task.tokens_logged else ()
+        if payload is None or len(ids) != task.tokens_logged:
+            return None  # cancelled and deleted since; a live one is found through `owned`
+        return Claimed(task=task, payload=payload, resume_token_ids=ids)
+
+    async def append(self, batches: Sequence[TokenBatch]) -> list[AppendOutcome]:
+        """Appends tokens to their tasks' logs, in order, and wakes the followers. A batch that the log has in part is
+        appended whole. Raises LogGapError, after the other batches were appended, when a batch starts beyond the end
+        of its log; ValueError, before anything is, when a batch is empty or its indices aren't contiguous."""
+        chunks = [batches[start : start + _APPEND_CHUNK] for start in range(0, len(batches), _APPEND_CHUNK)]
+        outcomes: list[int] = []
+        for arguments in [[part for batch in chunk for part in _batch_arguments(batch)] for chunk in chunks]:
+            outcomes += await self._run("append", *arguments)
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            if outcome >= 0:
+                raise LogGapError(batch.task_id, outcome, batch.tokens[0].i)
+        return [_APPEND_OUTCOMES[outcome] for outcome in outcomes]
+
+    async def record_prompt_tokens(self, task_id: str, attempt: int, tokens_in: int) -> None:
+        """Notes how many tokens the worker counted in the prompt; nothing when the attempt isn't the running one."""
+        await self._run("record_prompt_tokens", task_id, attempt, tokens_in)
+
     async def complete(
         self, task_id: str, attempt: int, event: EndEvent | ErrorEvent, *, now_ms: int | None = None
-    ) -> bool: ...
-    async def cancel(self, task_id: str, tenant: str | None, *, now_ms: int | None = None) -> CancelOutcome | None: ...
-    async def release(self, worker_id: str, task_id: str, attempt: int) -> None: ...
+    ) -> bool:
+        """Ends a running attempt's task: seals its log, frees the slot, settles virtual time, measures the service.
+        False, and nothing changed, when the attempt isn't the running one."""
+        if isinstance(event, EndEvent):
+            state = "cancelled" if event.stop_reason == "CANCELLED" else "completed"
+            counts = (event.tokens_in, event.cached_tokens, int(state == "completed"))
+        else:
+            state, counts = "failed", (0, 0, 0)
+        reply = await self._run(
+            "complete",
+            moment(now_ms),
+            uuid.uuid4().hex,
+            task_id,
+            attempt,
+            state,
+            event.EVENT,
+            encode_data(event),
+            *counts,
+        )
+        return bool(reply)
+
+    async def cancel(self, task_id: str, tenant: str | None, *, now_ms: int | None = None) -> CancelOutcome | None:
+        """Ends a task that hasn't ended, with `end` CANCELLED; None when the tenant has no such task. `running` is the
+        attempt to stop at its worker, whose slot stays taken until `release`."""
+        reply = await self._run("cancel", moment(now_ms), uuid.uuid4().hex, task_id, tenant or "")
+        if reply is None:
+            return None
+        state, changed, row = reply
+        running = codec.running_task(row) if row else None
+        return CancelOutcome(status=codec.status(state.decode()), changed=bool(changed), running=running)
+
+    async def release(self, worker_id: str, task_id: str, attempt: int) -> None:
+        """The worker has said that a stopped attempt holds its slot no more."""
+        await self._run("release", worker_id, task_id, attempt)
+
     async def requeue(
         self,
         task_id: str,
@@ -96,75 +206,91 @@ class Store:
         max_failures: int = 5,
         error: ErrorEvent | None = None,
         now_ms: int | None = None,
-    ) -> RequeueOutcome: ...
-    async def hand_over(self, replica_id: str) -> int: ...
+    ) -> RequeueOutcome:
+        """Sends a running attempt back to its old place, with its tokens; after `backoff_ms` where that isn't 0.
+
+        `failure` counts it against the task, whose `max_failures`-th failure ends it with RETRIES_EXHAUSTED, naming
+        `error`; `progressed` (tokens came in this attempt) forgives earlier ones first. A task whose deadline has
+        passed ends too. "stale": the attempt isn't the running one, and nothing changed.
+        """
+        state, failures = await self._run(
+            "requeue",
+            moment(now_ms),
+            uuid.uuid4().hex,
+            task_id,
+            attempt,
+            reason,
+            int(failure),
+            int(progressed),
+            avoid_worker or "",
+            backoff_ms,
+            max_failures,
+            encode_data(_exhausted(max_failures, reason, error)),
+        )
+        return codec.requeue_outcome(state, failures)
+
     async def adopt(
         self, replica_id: str, *, limit: int = 64, healthy_ms: int | None = None, now_ms: int | None = None
-    ) -> list[RunningTask]: ...
-    async def owned(self, replica_id: str) -> list[RunningTask]: ...
-    async def running_on(self, worker_id: str) -> list[RunningTask]: ...
+    ) -> list[RunningTask]:
+        """Takes over attempts that have no living owner: handed over, or owned by a replica whose lease has ended. Each
+        goes to exactly one adopter. Leases are judged only once Redis has been reachable for as long as they last
+        (`healthy_ms=None`: by this store's own experience)."""
+        (rows,) = await self._run_judging("adopt", now_ms, healthy_ms, replica_id, limit)
+        return codec.running_tasks(rows)
+
     async def sweep(
         self, *, limit: int = 64, healthy_ms: int | None = None, now_ms: int | None = None
-    ) -> SweepReport: ...
+    ) -> SweepReport:
+        """What time alone changes, up to `limit` of each: due retries wait again, missed deadlines end tasks, workers
+        that were silent for a whole lease are lost (judged as `adopt` does). What ran on a lost worker is
+        `running_on` it until it is requeued."""
+        retried, expired, running, lost = await self._run_judging(
+            "sweep", now_ms, healthy_ms, uuid.uuid4().hex, limit
+        )
+        return SweepReport(
+            retried=retried,
+            expired_queued=expired,
+            expired_running=tuple(codec.running_tasks(running)),
+            workers_lost=tuple(worker.decode() for worker in lost),
+        )
 
-    async def task(self, task_id: str, tenant: str | None) -> TaskRecord | None: ...
-    async def list_tasks(
-        self,
-        tenant: str,
-        *,
-        status: TaskStatus | None = None,
-        model: str | None = None,
-        limit: int = 50,
-        after: str | None = None,
-    ) -> tuple[list[TaskRecord], str | None]:
-        """Newest first. `after` is the cursor of the previous page; ValueError when it isn't one."""
-        raise NotImplementedError
-
-    async def queue(self, *, now_ms: int | None = None) -> list[QueueDepth]: ...
-    async def read_log(self, task_id: str, *, after: str = "0-0", limit: int = 512) -> list[LogEntry]: ...
-    async def log_bounds(self, task_id: str) -> tuple[str, str, bool] | None: ...
-    async def payload(self, task_id: str) -> bytes | None: ...
-    async def token_ids(self, task_id: str) -> tuple[int, ...]: ...
-
-    async def register_worker(
-        self, registration: WorkerRegistration, lease_ms: int, *, now_ms: int | None = None
-    ) -> None: ...
-    async def heartbeat(
-        self, worker_id: str, heartbeat: Heartbeat, lease_ms: int, *, now_ms: int | None = None
-    ) -> HeartbeatOutcome: ...
-    async def workers(self, *, now_ms: int | None = None) -> list[WorkerView]: ...
-    async def worker(self, worker_id: str, *, now_ms: int | None = None) -> WorkerView | None: ...
-    async def drain_worker(self, worker_id: str, deadline_ms: int, *, now_ms: int | None = None) -> bool:
-        """`deadline_ms` is a duration from now. False when there is no such worker."""
-        raise NotImplementedError
-
-    async def undrain_worker(self, worker_id: str) -> bool: ...
-    async def remove_worker(self, worker_id: str) -> bool: ...
-    async def mark_worker_lost(
-        self, worker_id: str, instance_id: str, reason: str, *, now_ms: int | None = None
-    ) -> bool:
-        """True when this call marked it: the instance is still the registered one and wasn't lost yet."""
-        raise NotImplementedError
-
-    async def replica_heartbeat(
-        self, replica_id: str, url: str, lease_ms: int, *, now_ms: int | None = None
-    ) -> None: ...
-    async def replicas(self) -> list[ReplicaView]: ...
-    async def leave(self, replica_id: str) -> int:
-        """The replica's lease ends; tasks it still owned become adoptable at once. Returns how many."""
-        raise NotImplementedError
-
-    async def set_rates(self, model: str, rates: ServiceRates) -> None: ...
-    async def rates(self, model: str) -> ServiceRates | None: ...
-    async def fleet_event(self, kind: str, subject: str, text: str, *, now_ms: int | None = None) -> str:
-        """Returns the event's position."""
-        raise NotImplementedError
-
-    async def read_fleet(self, *, after: str = "0-0", limit: int = 256) -> list[FleetEvent]: ...
-    def hints(self) -> AbstractAsyncContextManager[Hints]: ...
-    async def finished(self, before_ms: int, *, limit: int = 500) -> list[str]: ...
     async def delete_task(self, task_id: str) -> bool:
-        """False when it isn't there or hasn't ended."""
-        raise NotImplementedError
+        """Forgets a task that has ended, its log and its idempotency record. False when it isn't there or lives."""
+        return bool(await self._run("delete_task", task_id))
 
-    async def audit(self, *, repair: bool = False) -> list[Finding]: ...
+    def hints(self) -> HintReader:
+        """Wake-ups by name: `log:<task_id>`, `queue`, `fleet`, `cancel:<task_id>`. An async context manager."""
+        return HintReader(self._hint_client)
+
+    async def _hint_client(self) -> tuple[Any, bool]:
+        client = self._connection.client
+        if not isinstance(client, RedisCluster):
+            return client, False
+        await client.initialize()
+        node = client.get_node_from_key(ANCHOR)
+        if node is None:
+            raise exceptions.ConnectionError("no node holds the slot")
+        options = node.connection_kwargs
+        return Redis(
+            host=node.host, port=int(node.port), username=options.get("username"), password=options.get("password")
+        ), True
+
+    async def audit(self, *, repair: bool = False) -> list[Finding]:
+        """Every broken invariant of docs/redis-state.md, each judged at one instant of its own, so that it may run
+        beside live traffic. `repair` mends what can be: places and indexes are made to say what the tasks say."""
+        return await audit(self._connection, repair=repair)
+
+
+def _batch_arguments(batch: TokenBatch) -> tuple[str | int | bytes, ...]:
+    tokens = batch.tokens
+    if not tokens or any(token.i != tokens[0].i + offset for offset, token in enumerate(tokens)):
+        raise ValueError(f"task {batch.task_id}: a batch must hold tokens with contiguous indices")
+    return batch.task_id, batch.attempt, tokens[0].i, tokens[-1].i, codec.encode_tokens(tokens)
+
+
+def _exhausted(max_failures: int, reason: RequeueReason, error: ErrorEvent | None) -> ErrorEvent:
+    last = reason if error is None else f"{error.code}: {error.message}"
+    return ErrorEvent(
+        code=ErrorCode.RETRIES_EXHAUSTED,
+        message=f"given up after {max_failures} failed attempts without progress; the last one failed with {last}",
+    )
