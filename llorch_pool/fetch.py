@@ -26,6 +26,7 @@ from llorch_wire.pool import FileRecord, Progress
 
 PARALLEL_FILES = 4
 TRIES_WITHOUT_PROGRESS = 6
+RATE_WINDOW_S = 5.0
 
 
 class Meter:
@@ -36,31 +37,34 @@ class Meter:
         self._lock = threading.Lock()
         self._done = 0
         self._samples: list[tuple[float, int]] = []
-        self._phase = "downloading"
 
     def add(self, count: int) -> None:
         """`count` bytes more (negative when a file starts again)."""
-        now = time.monotonic()
         with self._lock:
             self._done += count
-            self._samples.append((now, self._done))
-            while len(self._samples) > 2 and now - self._samples[0][0] > 5:
-                self._samples.pop(0)
-            began, before = self._samples[0]
-            rate = (self._done - before) / (now - began) if now - began > 0.2 else None
-            left = (self._total - self._done) / rate if rate else None
+
+    def report(self, *, force: bool = False) -> None:
+        """Tell how far it is. Called at intervals, so that a stall shows as a falling rate."""
+        now = time.monotonic()
+        with self._lock:
             done = self._done
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > RATE_WINDOW_S:
+            self._samples.pop(0)
+        began, before = self._samples[0]
+        rate = (done - before) / (now - began) if now - began > 0.2 else None
+        left = (self._total - done) / rate if rate and rate > 0 else None
         self._context.progress(
             Progress(
-                phase=self._phase,
+                phase="downloading",
                 text=self._name,
                 done=done,
                 total=self._total,
                 unit="bytes",
-                rate=None if rate is None else round(rate),
+                rate=None if rate is None else round(max(0.0, rate)),
                 eta_s=None if left is None else round(left, 1),
             ),
-            force=done == self._total,
+            force=force,
         )
 
 
@@ -84,6 +88,8 @@ def fetch(
                 context.abort("another file of the model failed")
                 raise failed
             context.check()
+            meter.report()
+        meter.report(force=True)
         return sorted((job.result() for job in jobs), key=lambda record: record.path)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,7 @@
 
 Read `inspect` first: it asks the kernel, then the worker itself, and believes neither its own entry nor a bare pid.
 
-    stop:  POST /drain ─ until nothing runs or the grace is over ─▶ SIGTERM ─ 5 s ─▶ SIGKILL to the group and to
+    stop:  POST /drain, /shutdown ─ it ends, or the grace is over ─▶ SIGTERM ─ 5 s ─▶ SIGKILL to the group and to
            every process that carries the worker's marker
 """
 
@@ -27,6 +27,7 @@ from llorch_wire.pool import CleanupReport, Progress, StopOutcome, Stray, Worker
 
 HEALTH_TIMEOUT_S = 1.5
 TERM_WAIT_S = 5.0
+YIELD_S = 2.0
 
 
 def inspect(record: WorkerRecord, registry: Registry) -> WorkerInfo:
@@ -118,8 +119,9 @@ def health(record: WorkerRecord, registry: Registry) -> Reply:
 
 
 def last_words(log: Path, limit: int = 200) -> str:
-    """The last line of a log, for one-line explanations."""
-    return log_words(log)[:limit] or "it ended and left no log"
+    """What is known of an end from the log's last line."""
+    words = log_words(log)[:limit]
+    return f"it ended; last in its log: {words}" if words else "it ended and left no log"
 
 
 def log_words(log: Path) -> str:
@@ -224,43 +226,41 @@ def end_process(
     term_wait_s: float = TERM_WAIT_S,
 ) -> str:
     """Drain, terminate, kill. Returns how it ended; afterwards the process is gone."""
-    drained = grace_s > 0 and _drain(context, registry, record, process, grace_s)
-    send(process, signal.SIGTERM)
+    if grace_s > 0 and _drain(context, registry, record, process, grace_s):
+        return "drained"
+    # Once asks it to finish, twice not to wait for that: it has had its grace.
+    for _ in range(2):
+        send(process, signal.SIGTERM)
     if _gone_within(context, process, term_wait_s):
-        return "drained" if drained else "terminated"
+        return "terminated"
     send(process, signal.SIGKILL, group=True)
     _gone_within(context, process, TERM_WAIT_S)
     return "killed"
 
 
 def _drain(context: Context, registry: Registry, record: WorkerRecord, process: Identity, grace_s: float) -> bool:
-    """Ask it to finish what it has. True once nothing runs; False when it can't say, or the grace is over."""
+    """Ask it to finish what it has and to leave. True once it is gone; False when it can't, or the grace is over.
+
+    What still runs shortly before the end of the grace yields, so that it goes on elsewhere instead of being cut.
+    """
     if not record.url:
         return False
     key = registry.secrets(record.worker_id).get("LLORCH_WORKER_KEY")
-    body = {"deadline_ms": round(grace_s * 1000)}
+    end = time.monotonic() + grace_s
     try:
+        body = {"deadline_ms": round(max(0.0, grace_s - YIELD_S) * 1000)}
         if call("POST", f"{record.url}/drain", key=key, body=body).status >= 400:
             return False
+        call("POST", f"{record.url}/shutdown", key=key, body={})
     except NoReplyError:
-        return False
-    end = time.monotonic() + grace_s
-    while time.monotonic() < end:
-        if not is_alive(process):
-            return True
-        try:
-            reply = health(record, registry)
-        except NoReplyError:
-            return not is_alive(process)
-        busy = int(reply.body.get("slots_total") or 0) - int(reply.body.get("slots_free") or 0)
-        if busy <= 0:
-            return True
-        left = max(0.0, end - time.monotonic())
-        context.progress(
-            Progress(phase="draining", text=f"{record.worker_id}: {busy} running", done=busy, eta_s=round(left, 1))
-        )
-        context.wait(0.1)
-    return False
+        return not is_alive(process)
+    while is_alive(process):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        context.progress(Progress(phase="draining", text=record.worker_id, eta_s=round(left, 1)))
+        context.wait(0.05)
+    return True
 
 
 def _gone_within(context: Context, process: Identity, seconds: float) -> bool:

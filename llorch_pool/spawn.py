@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -34,7 +35,7 @@ from llorch_pool.process import Identity, identify, is_alive
 from llorch_pool.registry import MARKER, Registry, WorkerRecord
 from llorch_wire.pool import DeviceInfo, ModelInfo, Progress, WorkerInfo, WorkerSpawn
 
-LOG_BYTES, LOG_FILES = 50 << 20, 10
+DRAIN_TIMEOUT_S = 120
 POLL_S = 0.1
 _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comma, as orchestratord and workers want it
 
@@ -83,6 +84,8 @@ def _checked(request: WorkerSpawn) -> WorkerSpawn:
         changes["orchestrator"] = check_url(request.orchestrator, "--orchestrator")
     if request.advertise_url:
         changes["advertise_url"] = check_url(request.advertise_url, "--advertise-url")
+        if not request.port:
+            raise usage_error("--advertise-url needs --port", "Give the port that the address leads to.")
     return msgspec.structs.replace(request, **changes)
 
 
@@ -216,6 +219,8 @@ def _launch(registry: Registry, record: WorkerRecord, ready_file: Path) -> Worke
     if record.device != devices.CPU:
         environ["CUDA_VISIBLE_DEVICES"] = record.device
     log = Path(record.log)
+    if log.exists() and log.stat().st_size:
+        log.replace(f"{log}.1")  # one life, one log: what an earlier one said must not be read as this one's words
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         child = subprocess.Popen(
@@ -245,7 +250,7 @@ def _launch(registry: Registry, record: WorkerRecord, ready_file: Path) -> Worke
 
 def worker_command(record: WorkerRecord, ready_file: Path) -> list[str]:
     """How the worker is started. Keys are never in it: command lines can be read by every user of the machine."""
-    command = [sys.executable, "-m", "worker.cli", "--model", record.model_path, "--worker-id", record.worker_id]
+    command = [sys.executable, "-P", "-m", "worker", "--model", record.model_path, "--worker-id", record.worker_id]
     command += ["--host", record.host or "127.0.0.1", "--port", str(record.port), "--ready-file", str(ready_file)]
     command += ["--device", "cpu" if record.device == devices.CPU else "cuda"]
     options = {
@@ -255,6 +260,8 @@ def worker_command(record: WorkerRecord, ready_file: Path) -> list[str]:
         "--pool": record.pool,
         "--slots": record.slots,
         "--idle-timeout": record.idle_timeout_s,
+        # `worker stop` says how long running work may take; this is only the bound where nobody does.
+        "--drain-timeout": DRAIN_TIMEOUT_S,
     }
     for flag, value in options.items():
         if value not in (None, ""):
@@ -294,9 +301,10 @@ def _await_address(
 ) -> WorkerRecord:
     said = ""
     while True:
-        url = read_ready_file(ready_file, record)
+        url = read_ready_file(ready_file) or announced_url(Path(record.log), record.worker_id)
         if url:
-            record = msgspec.structs.replace(record, url=url)
+            # An advertised address may not work from here (NAT, a proxy): ask at the one that was bound.
+            record = msgspec.structs.replace(record, url=_bound_url(record) if record.advertise_url else url)
             registry.save(record)
             return record
         words = lifecycle.log_words(Path(record.log))
@@ -308,22 +316,30 @@ def _await_address(
         _still_coming(context, record, process, deadline, "it did not bind its port")
 
 
-def read_ready_file(path: Path, record: WorkerRecord) -> str:
-    """Where the worker listens, empty while the file isn't there. It holds JSON with `url` or `port`."""
+def read_ready_file(path: Path) -> str:
+    """URL in the file that a worker writes once it takes work, empty while it isn't there. Raises PoolError."""
     try:
-        text = path.read_text().strip()
+        return str(msgspec.json.decode(path.read_bytes(), type=dict[str, Any])["url"]).rstrip("/")
     except FileNotFoundError:
         return ""
-    try:
-        content = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, KeyError) as error:
         raise PoolError(f"{path} is not what a worker writes: {error}", next_step="Report this.") from error
-    if isinstance(content, dict) and isinstance(content.get("url"), str):
-        return str(content["url"]).rstrip("/")
-    port = content.get("port") if isinstance(content, dict) else content
+
+
+def _bound_url(record: WorkerRecord) -> str:
     host = record.host or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://[{host}]:{record.port}" if ":" in host else f"http://{host}:{record.port}"
+
+
+def announced_url(log: Path, worker_id: str) -> str:
+    """URL in the first line that a worker logs, long before it is ready: /health there tells how the loading goes."""
+    pattern = re.compile(rf"^llorch-worker {re.escape(worker_id)}: .* at (https?://\S+), loading$")
+    for line in reversed(lifecycle.tail(log, 50)):
+        found = pattern.match(line)
+        if found:
+            return found.group(1)
+    return ""
 
 
 def _await_ready(
