@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import cast
 
 from llorch_wire.errors import ApiError, ErrorCode, LlorchError
 from llorch_wire.events import EndEvent, ErrorEvent, StartedEvent, TokenEvent
@@ -195,7 +194,7 @@ class Answer:
         task_id = self._task_ids[index]
         after: str | None = None
         while True:
-            follower = cast("AsyncGenerator[Batch, None]", self._orchestrator.follow(task_id, self._tenant, after))
+            follower = self._orchestrator.follow(task_id, self._tenant, after)
             async with contextlib.aclosing(follower):
                 async for batch in follower:
                     for event, position in batch:
