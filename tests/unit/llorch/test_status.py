@@ -91,7 +91,7 @@ def test_the_screen() -> None:
     assert lines[0] == "orchestratord 0.1.0 at http://h:1: ready, 7 waiting"
     assert "local  1/2 workers  2/16   demo" in text
     assert "cpu     local        1  8.0 GiB of 16.0 GiB" in text
-    assert "w1         ready  demo   local  2/8     12.3" in text
+    assert "w1        ready  demo   local  2/8     12.3" in text
     assert "demo   batch     t             7   1.5 s" in text
     assert "CRITICAL worker w\\x1b[2J is lost    next: llorch worker logs w\\x1b[2J" in text
     assert "\x1b" not in text

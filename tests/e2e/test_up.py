@@ -1,0 +1,153 @@
+"""`llorch up` with the real parts: what is killed comes back where it was, what is stopped leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.stack import Stack, Transcript, alive, post_task, wait_gone
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    running = Stack(tmp_path_factory.mktemp("up"), workers=2)
+    running.start()
+    yield running
+    running.stop()
+
+
+async def tell(stack: Stack, **body: Any) -> Transcript:
+    async with aiohttp.ClientSession() as session:
+        task = await post_task(session, stack.url, prompt="Once upon a time", max_tokens=40, ignore_eos=True, **body)
+        return await Transcript(task["task_id"]).follow(session, stack.url)
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below this one, Redis' server and the engines included."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, left = [], [pid]
+    while left:
+        children = parents.get(left.pop(), [])
+        found += children
+        left += children
+    return found
+
+
+def test_the_ready_file_names_every_part(stack: Stack) -> None:
+    parts = stack.parts()
+    assert set(parts) == {"orchestratord", "redis", "workers"}
+    assert parts["orchestratord"]["url"] == stack.url
+    assert set(parts["orchestratord"]) == set(parts["redis"]) == {"url", "pid"}
+    assert [set(worker) for worker in parts["workers"]] == [{"worker_id", "url", "pid"}] * 2
+    assert all(alive(pid) for pid in stack.pids())
+    assert stack.process is not None
+    children = {pid for pid in descendants(stack.process.pid) if ppid(pid) == stack.process.pid}
+    assert children == set(stack.pids()), "`llorch up` is the parent of each part"
+
+
+def ppid(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def test_each_part_killed_in_turn_is_back_and_works(stack: Stack) -> None:
+    before = stack.parts()
+    first = await tell(stack, seed=5)
+    for part in ("redis", "orchestratord", "worker0", "worker1"):
+        others = [pid for pid in stack.pids() if pid != stack._part(part)["pid"]]
+        await stack.kill_and_wait_restarted(part)
+        assert all(alive(pid) for pid in others)
+        again = await tell(stack, seed=5)
+        assert again.tokens == first.tokens
+    after = stack.parts()
+    assert [(w["worker_id"], w["url"]) for w in after["workers"]] == [
+        (w["worker_id"], w["url"]) for w in before["workers"]
+    ]
+    assert after["orchestratord"]["url"] == before["orchestratord"]["url"]
+    assert after["redis"]["url"] == before["redis"]["url"]
+    text = stack.log_file.read_text()
+    assert text.count("was killed by SIGKILL; starting it again at once, same address") == 4
+
+
+async def test_sigkill_of_up_leaves_nothing_and_the_folder_goes_on(stack: Stack) -> None:
+    assert stack.process is not None
+    before = stack.parts()
+    story = await tell(stack, seed=6)
+    everything = descendants(stack.process.pid)
+    assert len(everything) >= 7  # four parts, Redis' server, two engines
+    stack.process.kill()
+    stack.process.wait(30)
+    wait_gone(everything)
+    stack.start()
+    assert [w["worker_id"] for w in stack.parts()["workers"]] == [w["worker_id"] for w in before["workers"]]
+    async with aiohttp.ClientSession() as session:
+        kept = await Transcript(story.task_id).follow(session, stack.url)
+    assert kept.tokens == story.tokens
+
+
+def test_a_second_up_on_the_same_folder_is_refused(stack: Stack) -> None:
+    command = [sys.executable, "-m", "llorch", "up", "--port", "0", "--data-dir", str(stack.data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert stack.process is not None
+    assert done.returncode == 1
+    assert f"another `llorch up` (pid {stack.process.pid}) uses the data folder" in done.stderr
+
+
+async def test_ctrl_c_leaves_nothing(stack: Stack) -> None:
+    assert stack.process is not None
+    everything = descendants(stack.process.pid)
+    stack.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 45
+    while stack.process.poll() is None:
+        assert time.monotonic() < deadline, stack.tail()
+        time.sleep(0.05)
+    assert stack.process.returncode == 0, stack.tail()
+    assert not [pid for pid in everything if alive(pid)]
+    assert not stack.ready_file.exists()
+    assert "didn't end within" not in stack.log_file.read_text()
+    stack.process = None
+
+
+async def test_open_to_the_network_with_a_key_made_for_it(tmp_path: Path) -> None:
+    """The key is in a file only: not in what is printed, not in a log, not in a command line."""
+    opened = Stack(tmp_path, extra=("--host", "0.0.0.0"))
+    opened.start()
+    try:
+        keys = [(opened.data_dir / name).read_text().strip() for name in ("api-key", "worker-key")]
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{opened.url}/v2/tasks") as reply:
+                assert reply.status == 401
+            headers = {"Authorization": f"Bearer {keys[0]}"}
+            async with session.get(f"{opened.url}/v2/workers", headers=headers) as reply:
+                assert reply.status == 200
+        assert opened.process is not None
+        shown = [opened.log_file.read_text(), *(log.read_text() for log in (opened.data_dir / "logs").iterdir())]
+        for pid in [opened.process.pid, *descendants(opened.process.pid)]:
+            shown.append(Path(f"/proc/{pid}/cmdline").read_text())
+        assert f"cat {opened.data_dir / 'api-key'}" in shown[0]
+        assert not [text for text in shown if any(key in text for key in keys)]
+        environment = {**os.environ, "LLORCH_API_KEY": keys[0], "LLORCH_URL": opened.url}
+        run = [sys.executable, "-m", "llorch", "run", "--json", "--max-tokens", "5", "Once"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["event"] == "end"
+    finally:
+        opened.stop()
