@@ -1,4 +1,7 @@
 """Stub replaced below."""
+
 from typing import Any
+
+
 async def audit(connection: Any, *, repair: bool) -> list[Any]:
     return []

@@ -133,9 +133,7 @@ def status(state: str) -> TaskStatus:
 
 def fields(names: Sequence[str], values: Iterable[bytes | None]) -> dict[str, str | None]:
     """The values that a script picked, by name; None where the hash lacks the field."""
-    return {
-        name: None if value is None else value.decode() for name, value in zip(names, values, strict=True)
-    }
+    return {name: None if value is None else value.decode() for name, value in zip(names, values, strict=True)}
 
 
 def _struct(kind: type[T], values: dict[str, Any]) -> T:
@@ -204,10 +202,7 @@ def worker_view(values: Sequence[Any]) -> WorkerView:
 
 def worker_fields(registration: WorkerRegistration) -> list[str]:
     """Field, value pairs of the worker hash."""
-    values: dict[str, str] = {
-        name: str(value)
-        for name, value in registration.model_dump(exclude={"features"}).items()
-    }
+    values: dict[str, str] = {name: str(value) for name, value in registration.model_dump(exclude={"features"}).items()}
     values["features"] = _encode(registration.features).decode()
     values["kv_blocks_free"] = str(registration.kv_blocks_total)
     values["tokens_per_second"] = "0"

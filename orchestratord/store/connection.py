@@ -115,7 +115,8 @@ def make_client(target: Target, timeout_s: float) -> Any:
     options |= {"username": target.username, "password": target.password}
     if target.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in target.nodes]
-        return RedisCluster(startup_nodes=nodes, max_connections=bound, **options)
+        # redis-py's stubs leave abstract what it mixes in.
+        return RedisCluster(startup_nodes=nodes, max_connections=bound, **options)  # pyright: ignore[reportAbstractUsage]
     sentinel = Sentinel(
         list(target.nodes),
         sentinel_kwargs={"password": target.sentinel_password, "socket_timeout": 1.0, "socket_connect_timeout": 1.0},

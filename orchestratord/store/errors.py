@@ -1,9 +1,9 @@
 """What the store raises.
 
-    LlorchError
-    ├── StoreUnavailableError   Redis can't be reached in time, or refuses writes (full, read-only, loading)
-    ├── StoreUrlError           the Redis URL isn't one
-    └── LogGapError             a caller tried to append tokens beyond the end of a log
+LlorchError
+├── StoreUnavailableError   Redis can't be reached in time, or refuses writes (full, read-only, loading)
+├── StoreUrlError           the Redis URL isn't one
+└── LogGapError             a caller tried to append tokens beyond the end of a log
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ class StoreUnavailableError(LlorchError):
     """Redis can't be reached in time, or refuses writes. What was asked for may or may not have happened; every
     method of the store may be called again with the same arguments."""
 
+    retriable = True
+
 
 class StoreUrlError(LlorchError):
     """The Redis URL can't be understood; the message names the forms that are."""
+
+    retriable = False
 
 
 class LogGapError(LlorchError):

@@ -123,11 +123,13 @@ class FleetStore(StoreBase):
         row: dict[bytes, bytes] = await self._connection.call(lambda: client.hgetall(key("rates", model)))
         if not row:
             return None
-        return msgspec.convert({name.decode(): value.decode() for name, value in row.items()}, ServiceRates, strict=False)
+        return msgspec.convert(
+            {name.decode(): value.decode() for name, value in row.items()}, ServiceRates, strict=False
+        )
 
     async def fleet_event(self, kind: str, subject: str, text: str, *, now_ms: int | None = None) -> str:
-        """Adds a line to the feed, which keeps about the last 2,000. Returns its position. Registrations, losses, drains
-        and replicas that come and go are written by their own transitions."""
+        """Adds a line to the feed, which keeps about the last 2,000. Returns its position. Registrations, losses,
+        drains and replicas that come and go are written by their own transitions."""
         return (await self._run("fleet_event", moment(now_ms), kind, subject, text)).decode()
 
     async def read_fleet(self, *, after: str = "0-0", limit: int = 256) -> list[FleetEvent]:

@@ -3,8 +3,8 @@
 Nothing outside of this package knows Redis. `now_ms=None` means Redis' own clock; tests give a time. Every method may
 raise StoreUnavailableError, and every method may be called again after it: a transition recognises its own second call.
 
-Read `admit`, `claim`, `append`, `complete` in this order: it is a task's way. docs/redis-state.md lists keys, log layout
-and invariants.
+Read `admit`, `claim`, `append`, `complete` in this order: it is a task's way. docs/redis-state.md lists keys, log
+layout and invariants.
 """
 
 from __future__ import annotations
@@ -238,15 +238,11 @@ class Store(ReadStore, FleetStore):
         (rows,) = await self._run_judging("adopt", now_ms, healthy_ms, replica_id, limit)
         return codec.running_tasks(rows)
 
-    async def sweep(
-        self, *, limit: int = 64, healthy_ms: int | None = None, now_ms: int | None = None
-    ) -> SweepReport:
+    async def sweep(self, *, limit: int = 64, healthy_ms: int | None = None, now_ms: int | None = None) -> SweepReport:
         """What time alone changes, up to `limit` of each: due retries wait again, missed deadlines end tasks, workers
         that were silent for a whole lease are lost (judged as `adopt` does). What ran on a lost worker is
         `running_on` it until it is requeued."""
-        retried, expired, running, lost = await self._run_judging(
-            "sweep", now_ms, healthy_ms, uuid.uuid4().hex, limit
-        )
+        retried, expired, running, lost = await self._run_judging("sweep", now_ms, healthy_ms, uuid.uuid4().hex, limit)
         return SweepReport(
             retried=retried,
             expired_queued=expired,
