@@ -60,6 +60,7 @@ QUEUED_FIELDS = (
     "avoid_worker",
     "prefix_hashes",
     "deadline_at_ms",
+    "waiting_since_ms",
 )
 RECORD_FIELDS = (
     "task_id",

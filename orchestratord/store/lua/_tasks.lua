@@ -64,7 +64,8 @@ local function count_waiting(model)
   end
 end
 
-local function enqueue(task)
+local function enqueue(task, now)
+  update(task, { waiting_since_ms = integer(now) })
   local tail = queue_of(task)
   redis.call('ZADD', key('queue', task.model) .. ':' .. tail, task.sequence, task.task_id)
   redis.call('SADD', key('queues', task.model), tail)

@@ -108,7 +108,7 @@ if redis.call('SISMEMBER', active, task.tenant) == 0 then
 end
 
 index(task, 'queued')
-enqueue(task)
+enqueue(task, now)
 local place = position(task)
 redis.call('XADD', key('log', task.task_id), '0-1', 'queued',
   '{"task_id":' .. cjson.encode(task.task_id) .. ',"queue_position":' .. place .. '}')

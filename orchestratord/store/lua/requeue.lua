@@ -44,7 +44,7 @@ set_state(task, state, { last_call = call, owner = '' })
 if state == 'retry' then
   redis.call('ZADD', key('retry'), integer(now + backoff), task.task_id)
 else
-  enqueue(task)
+  enqueue(task, now)
 end
 publish_task(task)
 hint('queue')

@@ -24,7 +24,7 @@ for _, task_id in ipairs(due(key('retry'))) do
   redis.call('ZREM', key('retry'), task_id)
   if task and task.state == 'retry' then
     set_state(task, 'queued', {})
-    enqueue(task)
+    enqueue(task, now)
     bump(task.model)
     retried = retried + 1
   end
