@@ -59,6 +59,8 @@ class Generation:
     now: float
     """When it was accepted, seconds on the loop's clock."""
 
+    correlation_id: str = ""
+    """Of the request that started it, for log lines."""
     frames: list[bytes] = field(default_factory=list)
     """Rendered token events from index `first_index` on; the terminal event last."""
     terminal: Terminal | None = None

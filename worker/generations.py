@@ -134,7 +134,7 @@ class Generations:
         finally:
             self._reserved -= 1
 
-    def start(self, job: Job, started: WorkerStartedEvent) -> Generation:
+    def start(self, job: Job, started: WorkerStartedEvent, correlation_id: str = "") -> Generation:
         """Accept a job; the caller holds a reserved slot. One that is complete already ends without any computing.
 
         Raises Refused (409) as `check_startable` does.
@@ -144,9 +144,10 @@ class Generations:
         if lower is not None:
             self._stop(lower, PreemptedEvent(tokens_out=lower.next_index))
         now = self._clock()
-        generation = Generation(job, started, self._token_text, now)
+        generation = Generation(job, started, self._token_text, now, correlation_id=correlation_id)
         self._known[generation.key] = self._current[job.task_id] = generation
         self._watcher.generation_started(generation)
+        self._log.info("started", resumed=generation.first_index, **_named(generation))
         if job.text.finished is not None:
             self._finish(generation, generation.end_event(job.text.finished, None))
             return generation
@@ -361,4 +362,5 @@ class Generations:
 
 
 def _named(generation: Generation) -> dict[str, object]:
-    return {"task_id": generation.job.task_id, "attempt": generation.job.attempt}
+    named: dict[str, object] = {"task_id": generation.job.task_id, "attempt": generation.job.attempt}
+    return named | {"correlation_id": generation.correlation_id} if generation.correlation_id else named

@@ -1,6 +1,6 @@
 """What this worker answers when it won't do something: one exception, one JSON shape.
 
-    {"errors": [{"field", "constraint", "message", "value"?}], "code": "…"}
+    {"errors": [{"field", "constraint", "message", "value"?}], "code": "…", "message": "…", "retry_after_ms"?}
 
 `code` is one of llorch_wire's ErrorCode, or OVERLOADED, STARTING, FAILED, which only workers say.
 """
@@ -44,7 +44,11 @@ class Refused(LlorchError):  # noqa: N818 (it is an answer, not a fault)
 
     def as_json(self) -> dict[str, object]:
         """Body of the answer."""
-        return {"errors": [error.as_json() for error in self.errors], "code": self.code}
+        body: dict[str, object] = {"errors": [error.as_json() for error in self.errors], "code": self.code}
+        body["message"] = str(self)
+        if self.retry_after_s is not None:
+            body["retry_after_ms"] = self.retry_after_s * 1000
+        return body
 
 
 def invalid(field: str | None, constraint: str, message: str, value: int | float | None = None) -> Refused:

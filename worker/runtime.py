@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from llorch_wire.errors import ErrorCode
 from llorch_wire.events import WorkerStartedEvent
 from llorch_wire.worker import ExecuteRequest, Heartbeat, Orders, WorkerHealth, WorkerRegistration, WorkerStatus
+from worker import vram
 from worker.engine.protocol import EngineReady, StepOutput
 from worker.generation import Generation
 from worker.generations import Generations
@@ -58,12 +59,14 @@ class Worker:
         self.url = settings.advertise_url or f"http://{reachable_host(settings)}:{port}"
         self.worker_id = settings.worker_id or f"{socket.gethostname()}-{port}"
         self.exit_code = 0
+        self._idle_since = self._started_at
         self._draining = False
         self._drain_ordered = False
         self._drain_deadline: float | None = None
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._digest: ModelDigest | None = None
+        self._vram_total_bytes = 0
         self._preparing: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._throughput = Throughput()
         self._supervisor = Supervisor(
@@ -99,8 +102,10 @@ class Worker:
             tasks = [
                 group.create_task(self._supervise()),
                 group.create_task(self._tick_forever()),
-                group.create_task(self._hash_model()),
+                group.create_task(self._inspect()),
             ]
+            if self._renderer is not None:
+                tasks.append(group.create_task(self._renderer.warm_up()))
             if self._registration is not None:
                 tasks.append(group.create_task(self._registration.run()))
             try:
@@ -122,7 +127,7 @@ class Worker:
 
     # -- for the server -------------------------------------------------------------------------------------------
 
-    async def start(self, request: ExecuteRequest) -> Generation:
+    async def start(self, request: ExecuteRequest, correlation_id: str) -> Generation:
         """Start a new attempt. Raises Refused: 503 where this worker can't take it now, 409, 400."""
         key = (request.task_id, request.attempt)
         if (other := self._preparing.get(key)) is not None:
@@ -145,9 +150,7 @@ class Worker:
                 tokens_in=len(job.sequence.prompt_token_ids),
                 determinism=ready.determinism,
             )
-            generation = self.generations.start(job, started)
-        self._log.info("started", task_id=request.task_id, attempt=request.attempt, resumed=generation.first_index)
-        return generation
+            return self.generations.start(job, started, correlation_id)
 
     def health(self) -> WorkerHealth:
         """State of this worker, from memory."""
@@ -220,7 +223,7 @@ class Worker:
             model_digest=self._digest.value,
             dtype=ready.dtype,
             device=ready.device,
-            vram_total_bytes=0,
+            vram_total_bytes=self._vram_total_bytes if ready.device.startswith("cuda") else 0,
             vram_used_bytes=ready.vram_bytes,
             context_length=ready.context_length,
             slots_total=ready.slots_total,
@@ -354,12 +357,16 @@ class Worker:
             if self._drain_deadline is not None and now >= self._drain_deadline:
                 self._drain_deadline = None
                 self._preempt_all()
-            idle_s = now - max(self.generations.busy_at, self._started_at)
+            if self.status != "ready":
+                self._idle_since = now
+            idle_s = now - max(self.generations.busy_at, self._idle_since)
             if self._settings.idle_timeout is not None and idle_s > self._settings.idle_timeout:
                 self._log.info("idle, ending", idle_s=round(idle_s))
                 self.shut_down()
 
-    async def _hash_model(self) -> None:
+    async def _inspect(self) -> None:
+        device = self._settings.device or "cuda"
+        self._vram_total_bytes = await asyncio.to_thread(vram.total_bytes, device)
         self._digest = await asyncio.to_thread(digest, self._folder.path)
         self._log.info("model digest", digest=self._digest.value, method=self._digest.method)
         self._announce_ready()

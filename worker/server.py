@@ -10,6 +10,7 @@ Read `execute` first.
 from __future__ import annotations
 
 import hmac
+import re
 from typing import Protocol, TypeVar
 
 import orjson
@@ -37,6 +38,7 @@ from worker.refusals import FieldError, Refused, invalid, invalid_body, refused
 from worker.validation import parse_execute
 
 SEND_TIMEOUT_S = 30.0
+_CORRELATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
 
 
@@ -46,7 +48,7 @@ class WorkerService(Protocol):
     generations: Generations
     metrics: WorkerMetrics
 
-    async def start(self, request: ExecuteRequest) -> Generation:
+    async def start(self, request: ExecuteRequest, correlation_id: str) -> Generation:
         """Start a new attempt, or find that it exists meanwhile. Raises Refused."""
         ...
 
@@ -109,7 +111,7 @@ class WorkerApi:
         ):
             raise refused(ErrorCode.NOT_FOUND, "no such attempt in that instance; start a new attempt", field="attempt")
         if generation is None:
-            generation = await self._service.start(body)
+            generation = await self._service.start(body, _correlation_id(request))
         else:
             self._service.metrics.reattached()
         if after is None:
@@ -231,6 +233,11 @@ class _Answers:
         return _refusal(
             Refused(500, ErrorCode.INTERNAL, FieldError(None, "internal", "unexpected failure; see the log"))
         )
+
+
+def _correlation_id(request: Request) -> str:
+    given = request.headers.get("x-correlation-id", "")
+    return given if _CORRELATION_ID.fullmatch(given) else ""
 
 
 def _after(text: str | None) -> int | None:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from worker.chat_template import ChatTemplateError
 from worker.launch import child_command, child_environment
@@ -28,6 +29,13 @@ class TemplateRenderer:
         self._process: asyncio.subprocess.Process | None = None
         self._deaths = 0
 
+    async def warm_up(self) -> None:
+        """Start the process, so that the first chat doesn't wait for it. A bad template is reported by `render`."""
+        async with self._lock:
+            if self._process is None:
+                with suppress(ChatTemplateError):
+                    await self._start()
+
     async def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Rendered chat. Raises ChatTemplateError when the template refuses, fails or goes over its bounds."""
         async with self._lock:
@@ -46,14 +54,17 @@ class TemplateRenderer:
             await self._stop()
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *child_command("worker.template_process"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=child_environment(os.environ),
-            limit=MAX_ANSWER_BYTES,
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *child_command("worker.template_process"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                env=child_environment(os.environ),
+                limit=MAX_ANSWER_BYTES,
+            )
+        except OSError as error:
+            raise ChatTemplateError(f"the process for chat templates can't be started: {error.strerror}") from error
         try:
             await self._ask(self._opening)
         except ChatTemplateError:
