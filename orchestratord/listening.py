@@ -9,41 +9,41 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from orchestratord.store.errors import StoreUnavailableError
-
 if TYPE_CHECKING:
     from orchestratord.house import House
     from orchestratord.store.hints import HintReader
 
-RETRY_S = 0.3
 AT_ONCE = 64
 SETTLE_S = 0.02
 """Most tasks are claimed here within this time and then need no subscription."""
 
 
 class Listening:
-    """The one subscriber of this process."""
+    """The one subscriber of this process. The reader of hints reconnects by itself."""
 
     def __init__(self, house: House, *, on_queue: Callable[[], None], on_fleet: Callable[[], None]) -> None:
         self._house = house
         self._on_queue = on_queue
         self._on_fleet = on_fleet
+        self._hints: asyncio.Future[HintReader] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Listen for ever; when Redis goes away, start over with every subscription."""
-        while True:
-            try:
-                async with self._house.store.hints() as hints, asyncio.TaskGroup() as group:
-                    await hints.subscribe("queue")
-                    await hints.subscribe("fleet")
-                    group.create_task(self._subscribe(hints), name="hint subscriptions")
-                    group.create_task(self._listen(hints), name="hints")
-            except* StoreUnavailableError:
-                self._house.observations.count("store_errors", "hints")
-            await asyncio.sleep(RETRY_S)
+        """Listen for ever. Beside it runs `run_subscribing`."""
+        async with self._house.store.hints() as hints:
+            self._hints.set_result(hints)
+            await hints.subscribe("queue")
+            await hints.subscribe("fleet")
+            async for name in hints:
+                if name.startswith("log:"):
+                    self._house.followers.kick(name[4:])
+                elif name == "queue":
+                    self._on_queue()
+                elif name == "fleet":
+                    self._on_fleet()
 
-    async def _subscribe(self, hints: HintReader) -> None:
-        followers = self._house.followers
+    async def run_subscribing(self) -> None:
+        """Keep the subscriptions as the followers need them, for ever."""
+        hints, followers = await self._hints, self._house.followers
         subscribed: set[str] = set()
         while True:
             wanted = followers.wanted_hints()
@@ -58,13 +58,3 @@ class Listening:
             subscribed = wanted
             await followers.hints_changed()
             await asyncio.sleep(SETTLE_S)
-
-    async def _listen(self, hints: HintReader) -> None:
-        async for name in hints:
-            if name.startswith("log:"):
-                self._house.followers.kick(name[4:])
-            elif name == "queue":
-                self._on_queue()
-            elif name == "fleet":
-                self._on_fleet()
-        raise StoreUnavailableError("the subscription ended")

@@ -1,11 +1,11 @@
-"""Waiting for Redis to come back: what must be written is tried until it is, however long that takes."""
+"""Patience: with Redis (what must be written is tried until it is, however long that takes) and with asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
 
 from orchestratord.observations import Observations
 from orchestratord.store.errors import StoreUnavailableError
@@ -32,3 +32,16 @@ def backoff_ms(failures: int, *, first_ms: int = 200, longest_ms: int = 10_000, 
     """Pause before attempt number `failures` + 1: doubling, bounded, with jitter (`spread` in 0..1 fixes it)."""
     full = min(longest_ms, first_ms * 2 ** max(0, min(failures, 16)))
     return round(full * (0.75 + 0.5 * (random.random() if spread is None else spread)))
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel until they are done.
+
+    Once is not enough: before Python 3.12 `asyncio.wait_for`, which redis-py sends its commands with, swallows a
+    cancellation that comes in the same turn of the loop as its result (python/cpython#86296).
+    """
+    waiting = {task for task in tasks if not task.done()}
+    while waiting:
+        for task in waiting:
+            task.cancel()
+        _, waiting = await asyncio.wait(waiting, timeout=0.1)

@@ -55,7 +55,7 @@ from orchestratord.worker_client import StreamLostError, WorkerStalledError, Wor
 if TYPE_CHECKING:
     from orchestratord.house import House
 
-MAX_IDLE_CONNECTIONS = 4
+MAX_IDLE_CONNECTIONS = 2
 """Connections in a row to a healthy worker that bring no token, before the attempt counts as failed."""
 
 
@@ -79,6 +79,8 @@ class Relay:
         """A worker answered 200 to this relay: the attempt really ran."""
         self.drained = False
         """This replica asked the attempt to yield because its worker drains."""
+        self.stopped = False
+        """Told to end. A cancellation alone may get lost (see `patience.end_tasks`)."""
         self.settling = False
         """Its outcome is known and being written down."""
         self._house = house
@@ -97,8 +99,8 @@ class Relay:
         while True:
             before = self.next_index
             outcome = await self._connection()
-            if not isinstance(outcome, Broken):
-                return outcome
+            if self.stopped or not isinstance(outcome, Broken):
+                return Disowned() if isinstance(outcome, Broken) else outcome
             idle = 0 if self.next_index > before else idle + 1
             verdict = await self._ask(outcome)
             if verdict is not None:
@@ -149,6 +151,8 @@ class Relay:
                 batch = TokenBatch(task_id=task.task_id, attempt=task.attempt, tokens=tuple(tokens))
                 if await house.committer.append(batch) == "stale":
                     return Fenced()
+                if self.stopped:
+                    return Disowned()
                 self._committed(tokens)
             if last is not None:
                 return last

@@ -57,6 +57,7 @@ class Relays:
         if current is None or (attempt is not None and current[0].task.attempt != attempt):
             return False
         relay, runner = current
+        relay.stopped = True
         if runner is not None:
             runner.cancel()
         self._remove(relay)
@@ -87,8 +88,9 @@ class Relays:
         self._running[task.task_id] = (relay, asyncio.current_task())
         try:
             outcome = await self._outcome(relay)
-            relay.settling = True
-            await self._settlement.settle(relay, outcome)
+            if not relay.stopped:
+                relay.settling = True
+                await self._settlement.settle(relay, outcome)
         finally:
             self._remove(relay)
 

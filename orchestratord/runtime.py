@@ -39,6 +39,7 @@ from orchestratord.forecast import Forecast
 from orchestratord.house import House
 from orchestratord.listening import Listening
 from orchestratord.observations import Observations
+from orchestratord.patience import end_tasks
 from orchestratord.planner import PlanPolicy
 from orchestratord.recovery import Recovery
 from orchestratord.relays import Relays
@@ -80,10 +81,6 @@ LOOP_PAUSE_S = 0.5
 PAGE = 1_000
 
 
-class _StoppedError(Exception):
-    """Ends the task group of `run`."""
-
-
 class Orchestrator:
     """Everything between the HTTP API and the store. One a process; one `run()` a life."""
 
@@ -110,6 +107,8 @@ class Orchestrator:
         self._admission = AdmissionPolicy(s.default_max_tokens, s.max_prompt_bytes, s.wait_for_workers)
         self._state: RuntimeState = "starting"
         self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._stop_deadline_s = 0.0
         self._stop = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -136,16 +135,19 @@ class Orchestrator:
                 lease = self._loop(house.replicas.run, "lease")
                 self._loop(house.committer.run, "committer")
                 self._loop(listening.run, "hints")
+                self._loop(listening.run_subscribing, "subscriptions")
                 self._loop(self._recovery.run_sweeping, "sweep")
                 adopting = self._loop(self._recovery.run_adopting, "adopt")
                 self._loop(house.followers.run_ticking, "ticks")
                 for number in range(CATCHERS):
                     self._loop(house.followers.run_catching, f"catch-up {number}")
                 dispatching = self._loop(self._dispatcher.run, "dispatch")
-                await self._stop.wait()
-                await self._leave(dispatching, adopting, lease)
-                raise _StoppedError
-        except* _StoppedError:
+                try:
+                    await self._stop.wait()
+                    await self._leave(dispatching, adopting, lease)
+                finally:
+                    self._closed = True
+                    await end_tasks(self._tasks)
             self._log.info("stopped", replica_id=self.replica_id)
         finally:
             self._state = "draining"
@@ -467,8 +469,7 @@ class Orchestrator:
     # ---- running
 
     def _loop(self, body: Callable[[], Coroutine[Any, Any, None]], name: str) -> asyncio.Task[None]:
-        assert self._group is not None
-        return self._group.create_task(self._guarded_loop(body, name), name=name)
+        return self._task(self._guarded_loop(body, name), name)
 
     async def _guarded_loop(self, body: Callable[[], Awaitable[None]], name: str) -> None:
         """Until the body returns. A loop that fails is logged and begins again: the others, and every stream, go on."""
@@ -481,10 +482,17 @@ class Orchestrator:
             await asyncio.sleep(LOOP_PAUSE_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
-        if self._group is None or self._stopped.is_set():
+        if self._group is None or self._closed:
             work.close()
             return
-        self._group.create_task(self._guarded(work, name), name=name)
+        self._task(self._guarded(work, name), name)
+
+    def _task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        assert self._group is not None
+        task = self._group.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _guarded(self, work: Coroutine[Any, Any, None], name: str) -> None:
         try:
@@ -502,7 +510,7 @@ class Orchestrator:
                 await asyncio.wait((dispatching, adopting), timeout=self._stop_deadline_s / 2)
                 self._house.relays.close()
                 self._house.followers.close()
-                lease.cancel()
+                await end_tasks([lease])
                 await self._house.replicas.leave()
         except (TimeoutError, StoreUnavailableError):
             self._log.warning("not handed over: Redis doesn't answer; the lease will end by itself")

@@ -87,6 +87,8 @@ class Generation:
     next_index: int = 0
     readers: int = 0
     unread_since: float = 0.0
+    mute: bool = False
+    """Fault: connections stay open and give nothing, not even comments; new ones are as mute."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def publish(self, *frames: bytes, terminal: bool = False) -> None:
@@ -132,6 +134,7 @@ class ScriptedWorker:
         self.standalone = False
         self._runner: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._restarting: asyncio.Task[None] | None = None
         self._thawed = asyncio.Event()
         self._thawed.set()
 
@@ -152,6 +155,8 @@ class ScriptedWorker:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._restarting is not None:
+            await self._restarting
         await self.die()
 
     async def start(self) -> None:
@@ -235,7 +240,8 @@ class ScriptedWorker:
             case ["exit", after] if made >= int(after):
                 if self.standalone:
                     os._exit(70)
-                self._tasks.append(asyncio.create_task(self.restart()))
+                generation.directive = ["stall", "0"]
+                self._restarting = asyncio.create_task(self.restart())
                 return
         if index < generation.total:
             event = token(request.seed, index, generation.total - 1, generation.by_eos)
@@ -339,6 +345,8 @@ class ScriptedWorker:
         try:
             await response.write(frame(started.EVENT, encode_data(started)))
             while True:
+                while generation.mute:
+                    await asyncio.sleep(0.05)
                 news = generation.news
                 chunk = b"".join(generation.frames[position:])
                 position = len(generation.frames)
