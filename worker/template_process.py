@@ -12,6 +12,8 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from worker.chat_template import ChatTemplate, ChatTemplateError
@@ -27,19 +29,29 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     first = json.loads(requests.readline())
     try:
-        template = ChatTemplate(first["template"], first["variables"])
+        with _cpu_limit():  # compiling folds constants, however large
+            template = ChatTemplate(first["template"], first["variables"])
     except ChatTemplateError as error:
         _answer(answers, {"error": str(error)})
         return
     _answer(answers, {"text": ""})
     while line := requests.readline():
-        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_LIMIT_S)  # SIGVTALRM, whose default is to end the process
         try:
-            reply = {"text": template.render(json.loads(line)["messages"])}
+            with _cpu_limit():
+                reply = {"text": template.render(json.loads(line)["messages"])}
         except ChatTemplateError as error:
             reply = {"error": str(error)}
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         _answer(answers, reply)
+
+
+@contextmanager
+def _cpu_limit() -> Generator[None]:
+    """Two seconds of CPU time for the body. The timer's signal, SIGVTALRM, ends the process by default."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def _answer(answers: BinaryIO, reply: dict[str, str]) -> None:

@@ -258,7 +258,9 @@ class Interleavings(RuleBasedStateMachine):
         if (generation := self.seen.get((task, attempt))) is not None:
             self.bench.feed(generation, token)
 
-    @rule(task=st.sampled_from("abcd"), attempt=st.integers(1, 3), reason=st.sampled_from(["EOS", "CANCELLED", "ERROR"]))
+    @rule(
+        task=st.sampled_from("abcd"), attempt=st.integers(1, 3), reason=st.sampled_from(["EOS", "CANCELLED", "ERROR"])
+    )
     def engine_end(self, task: str, attempt: int, reason: str) -> None:
         if (generation := self.seen.get((task, attempt))) is not None:
             self.bench.step(ended=(end_of(generation, reason),))
