@@ -228,11 +228,12 @@ def end_process(
     """Drain, terminate, kill. Returns how it ended; afterwards the process is gone."""
     if grace_s > 0 and _drain(context, registry, record, process, grace_s):
         return "drained"
-    # Once asks it to finish, twice not to wait for that: it has had its grace.
-    for _ in range(2):
+    # The first asks it to finish, the second not to wait for that: it has had its grace. (Sent at once, both would be
+    # delivered as one.)
+    for patience_s in (0.2, term_wait_s - 0.2):
         send(process, signal.SIGTERM)
-    if _gone_within(context, process, term_wait_s):
-        return "terminated"
+        if _gone_within(context, process, patience_s):
+            return "terminated"
     send(process, signal.SIGKILL, group=True)
     _gone_within(context, process, TERM_WAIT_S)
     return "killed"

@@ -1,0 +1,148 @@
+"""From ssh's exit status and stderr to what went wrong and what to do. Pure.
+
+ssh says 255 for all of its own failures; which one it was stands only in its words (OpenSSH 7 to 10).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from llorch.errors import AccessProblem, CliError, TimedOut, Unreachable
+from llorch.fleet.pools import Pool
+from llorch_wire.pool import RC_AUTH, RC_TIMEOUT, RC_UNREACHABLE, RC_USAGE, Failure
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a transport failure is called, what it is in words, and the exit code's exception."""
+
+    kind: str
+    pattern: str
+    text: str
+    next_step: str
+    error: type[CliError]
+
+
+# The order counts: a changed host key also ends in "Host key verification failed".
+_TABLE = (
+    Words(
+        "host-key-changed",
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|POSSIBLE DNS SPOOFING|Host key for .* has changed",
+        "its host key is not the one that was pinned: the machine was set up anew, or somebody is in between",
+        "if it was set up anew: llorch pool add --replace {name} {address}",
+        AccessProblem,
+    ),
+    Words(
+        "host-key-unknown",
+        r"Host key verification failed|No \S+ host key is known|host key is not cached",
+        "its host key is not known",
+        "llorch pool add --replace {name} {address}    (shows the key's fingerprint)",
+        AccessProblem,
+    ),
+    Words(
+        "auth",
+        r"Permission denied|Too many authentication failures|no mutual signature|Load key .*: bad permissions"
+        r"|Identity file .* not accessible",
+        "it accepts none of the keys that ssh offers",
+        "try `ssh {address}`; load a key into the agent, or give --identity to `llorch pool add --replace`",
+        AccessProblem,
+    ),
+    Words(
+        "refused",
+        r"Connection refused",
+        "nothing listens there (connection refused)",
+        "check the port and that sshd runs: ssh {address}",
+        Unreachable,
+    ),
+    Words(
+        "unknown-host",
+        r"Could not resolve hostname|Name or service not known|nodename nor servname",
+        "its name is not known",
+        "check the host name: llorch pool list",
+        Unreachable,
+    ),
+    Words(
+        "timeout",
+        r"timed out|Timeout, server|Operation timed out",
+        "it does not answer",
+        "check that it is up and the network: ssh {address}",
+        Unreachable,
+    ),
+    Words(
+        "no-route",
+        r"No route to host|Network is unreachable|Host is down|Permission denied to connect",
+        "there is no way to it through the network",
+        "check the network or the VPN: ssh {address}",
+        Unreachable,
+    ),
+    Words(
+        "dropped",
+        r"kex_exchange_identification|Connection (closed|reset)|Broken pipe|client_loop|Connection to .* closed"
+        r"|ssh_exchange_identification|banner exchange|mux_client",
+        "the connection was dropped",
+        "try again; where many connect at once, sshd's MaxStartups is the limit",
+        Unreachable,
+    ),
+)
+
+
+def missing(pool: Pool) -> CliError:
+    """llorch-pool isn't there."""
+    error = CliError(
+        f"{pool.name}: there is no llorch-pool on it (`{pool.command}` is not found)",
+        next_step=f"llorch pool bootstrap {pool.name}",
+    )
+    return _named(error, "missing")
+
+
+def transport(pool: Pool, status: int | None, stderr: str) -> CliError:
+    """Why a connection failed or ended before the answer was whole. `status` None: it was given up."""
+    for words in _TABLE:
+        if status == 255 and re.search(words.pattern, stderr):
+            detail = _last_line(stderr) if words.kind in ("auth", "dropped", "timeout") else ""
+            text = f"{pool.name} ({pool.address}): {words.text}" + (f" [{detail}]" if detail else "")
+            step = words.next_step.format(name=pool.name, address=pool.address)
+            return _named(words.error(text, next_step=step), words.kind)
+    if status in (126, 127) or re.search(r"command not found|No such file or directory|not found", stderr):
+        return missing(pool)
+    said = _last_line(stderr)
+    text = f"{pool.name}: the connection ended before the answer" + (f": {said}" if said else f" (status {status})")
+    return _named(Unreachable(text, next_step=f"ssh {pool.address}    (shows what is wrong)"), "broken")
+
+
+def too_slow(pool: Pool, seconds: float) -> CliError:
+    """Our own deadline passed."""
+    error = TimedOut(f"{pool.name}: no answer within {seconds:g} s", next_step="give it more time with --timeout")
+    return _named(error, "deadline")
+
+
+def remote(pool: Pool, rc: int, failure: Failure | None) -> CliError:
+    """What llorch-pool itself answered, with its exit code kept."""
+    if failure is None:
+        return _named(CliError(f"{pool.name}: failed with status {rc}", next_step="llorch pool doctor"), "failed")
+    text = f"{pool.name}: {failure.message}"
+    if failure.detail:
+        text += "\n" + "\n".join(f"  {line}" for line in failure.detail.splitlines())
+    step = failure.next_step or f"llorch pool doctor -p {pool.name}"
+    if rc == RC_USAGE:
+        from llorch.errors import UsageProblem
+
+        return _named(UsageProblem(text, next_step=step), failure.code)
+    kinds: dict[int, type[CliError]] = {RC_AUTH: AccessProblem, RC_UNREACHABLE: Unreachable, RC_TIMEOUT: TimedOut}
+    return _named(kinds.get(rc, CliError)(text, next_step=step), failure.code)
+
+
+def kind_of(error: CliError) -> str:
+    """What a failure made here is called: auth, host-key-changed, refused, timeout, missing, version, ..."""
+    return getattr(error, "kind", "failed")
+
+
+def _named(error: CliError, kind: str) -> CliError:
+    error.kind = kind  # type: ignore[attr-defined]
+    return error
+
+
+def _last_line(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith(("@", "*"))]
+    return lines[-1][:200] if lines else ""

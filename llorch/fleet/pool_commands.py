@@ -1,0 +1,248 @@
+"""`llorch pool ...`: which machines there are, what is on them, and how llorch-pool comes to them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llorch.errors import AccessProblem, UsageProblem
+from llorch.fleet.targets import (
+    AllOption,
+    DryRun,
+    PoolsOption,
+    TimeoutOption,
+    Yes,
+    app,
+    ask,
+    confirm,
+    open_registry,
+    show,
+)
+from llorch.output import Column, JsonOption, OutputOption, chosen, emit, say, size
+from llorch_wire import pool as wire
+
+if TYPE_CHECKING:
+    from llorch.fleet.pools import Pool
+
+pool_app = app("Machines that run workers.")
+
+COLUMNS = (
+    Column("POOL", "name"),
+    Column("ADDRESS", "address"),
+    Column("VERSION", "version"),
+    Column("ORCHESTRATOR", "orchestrator"),
+    Column("HOST KEY", "host_key"),
+    Column("COMMAND", "command"),
+)
+DEVICE_COLUMNS = (
+    Column("POOL", "pool"),
+    Column("DEVICE", "device"),
+    Column("NAME", "name"),
+    Column("FREE", "memory_free_bytes", size, right=True),
+    Column("PROMISED", "promised_bytes", size, right=True),
+    Column("TOTAL", "memory_total_bytes", size, right=True),
+    Column("DRIVER", "driver"),
+    Column("WORKERS", "workers", lambda names: ",".join(names)),  # pyright: ignore[reportUnknownLambdaType]
+)
+FINDING_COLUMNS = (
+    Column("POOL", "pool"),
+    Column("LEVEL", "level"),
+    Column("WHAT", "subject"),
+    Column("FOUND", "text"),
+    Column("REPAIR", "repair"),
+    Column("FIXED", "fixed", lambda fixed: "yes" if fixed else "-"),  # pyright: ignore[reportUnknownLambdaType]
+)
+
+
+@pool_app.command("add")
+def add(
+    name: Annotated[str, typer.Argument(help="What the pool is to be called.")],
+    address: Annotated[str, typer.Argument(help="[user@]host[:port]; a name from ~/.ssh/config works.")],
+    identity: Annotated[str, typer.Option("--identity", "-i", help="Private key file for ssh.")] = "",
+    command: Annotated[str, typer.Option("--command", help="How llorch-pool is started there.")] = "llorch-pool",
+    orchestrator: Annotated[str, typer.Option("--orchestrator", help="orchestratord's URL as it sees it.")] = "",
+    fingerprint: Annotated[str, typer.Option("--fingerprint", help="Expect this host key (SHA256:...).")] = "",
+    use_known_hosts: Annotated[
+        bool, typer.Option("--use-known-hosts", help="Don't pin: your own known_hosts decides.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Change a pool that is known, or its host key.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Add a machine: shows its host key's fingerprint, pins the key, and tries the connection."""
+    from llorch.fleet.pools import Pool, check_pool_name, parse_address
+
+    registry = open_registry()
+    known = registry.all()
+    if check_pool_name(name) in known and not replace:
+        raise UsageProblem(f"there is a pool {name} already", next_step=f"llorch pool add --replace {name} {address}")
+    user, host, port = parse_address(address)
+    old = known.get(name)
+    pool = Pool(
+        name=name,
+        host=host,
+        user=user,
+        port=port,
+        identity_file=identity or (old.identity_file if old else ""),
+        command=command if command != "llorch-pool" or old is None else old.command,
+        orchestrator=orchestrator.rstrip("/") or (old.orchestrator if old else ""),
+        added_at_ms=round(time.time() * 1000),
+    )
+    if not use_known_hosts:
+        pool = _pin(pool, fingerprint, yes=yes)
+    registry.put(pool)
+    _try(pool.name)
+
+
+def _pin(pool: Pool, fingerprint: str, *, yes: bool) -> Pool:
+    """The pool with its host key pinned, after it was shown and agreed to. Raises AccessProblem."""
+    import sys
+
+    import msgspec
+
+    from llorch.fleet.host_keys import offered
+
+    registry = open_registry()
+    key = offered(pool)
+    say(f"{pool.address} shows the {key.kind} key {key.fingerprint}")
+    if fingerprint and fingerprint != key.fingerprint:
+        raise AccessProblem(
+            f"{pool.name}: its host key is {key.fingerprint}, not {fingerprint}",
+            next_step="compare on its console: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub",
+        )
+    if not fingerprint and not yes:
+        if not sys.stdin.isatty():
+            raise AccessProblem(
+                f"{pool.name}: its host key {key.fingerprint} has to be agreed to, and nobody is there to ask",
+                next_step=f"llorch pool add --fingerprint {key.fingerprint} {pool.name} {pool.address}",
+            )
+        confirm("Is that the machine's key?", yes=False)
+    registry.pin(pool.key_alias, [key.key])
+    return msgspec.structs.replace(pool, host_key=key.fingerprint)
+
+
+def _try(name: str) -> None:
+    """Say whether llorch-pool answers there. A bare machine is no failure: bootstrap comes next."""
+    from llorch.errors import CliError
+    from llorch.fleet import failures, ssh
+
+    registry = open_registry()
+    pool = registry.get(name)
+    try:
+        status: wire.PoolStatus = ssh.call(pool, registry, wire.Status(), timeout_s=30)
+    except CliError as error:
+        if failures.kind_of(error) != "missing":
+            raise
+        say(f"{name}: added; there is no llorch-pool on it yet")
+        say(f"next:  llorch pool bootstrap {name}")
+        return
+    registry.update(name, version=status.version)
+    gpus = [device for device in status.devices if device.kind == "cuda"]
+    what = f"{len(gpus)} GPUs" if gpus else "no GPU"
+    say(f"{name}: added; {status.host}, llorch-pool {status.version}, {what}, {len(status.models)} models")
+
+
+@pool_app.command("list")
+def list_pools(output: OutputOption = None, as_json: JsonOption = False) -> None:
+    """List the pools that are known here. Nothing is connected to."""
+    import msgspec
+
+    form = chosen(output, as_json)
+    rows = [{**msgspec.to_builtins(pool), "address": pool.address} for _, pool in sorted(open_registry().all().items())]
+    emit(rows, COLUMNS, form)
+
+
+@pool_app.command("remove")
+def remove(
+    name: Annotated[str, typer.Argument(help="The pool to forget.")],
+    yes: Yes = False,
+) -> None:
+    """Forget a pool and its host key. Nothing is changed on the machine."""
+    registry = open_registry()
+    pool = registry.get(name)
+    confirm(f"forget {name} ({pool.address})? Its workers go on", yes=yes)
+    from llorch.fleet import ssh
+
+    ssh.close_master(pool, registry)
+    registry.remove(name)
+    say(f"{name}: forgotten")
+
+
+@pool_app.command("devices")
+def devices(
+    pool: PoolsOption = None,
+    everywhere: AllOption = False,
+    timeout: Annotated[float, TimeoutOption()] = 30.0,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the devices of pools with free and promised memory."""
+    form = chosen(output, as_json)
+    registry = open_registry()
+    pools = registry.chosen(pool or [], everywhere)
+    show(ask(pools, registry, wire.DeviceList(), timeout_s=timeout), DEVICE_COLUMNS, form)
+
+
+@pool_app.command("doctor")
+def doctor(
+    pool: PoolsOption = None,
+    everywhere: AllOption = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without harm.")] = False,
+    timeout: Annotated[float, TimeoutOption()] = 120.0,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check machines: libraries, disk, devices, models, workers. Exit code 1 when something is wrong."""
+    form = chosen(output, as_json)
+    registry = open_registry()
+    outcomes = ask(registry.chosen(pool or [], everywhere), registry, wire.Doctor(fix=fix), timeout_s=timeout)
+    show(outcomes, FINDING_COLUMNS, form)
+    found: list[wire.Finding] = [finding for outcome in outcomes for finding in outcome.value or []]
+    if any(finding.level == "error" and not finding.fixed for finding in found):
+        raise typer.Exit(1)
+
+
+@pool_app.command("bootstrap")
+def bootstrap(
+    pool: Annotated[list[str] | None, typer.Argument(metavar="POOL...", help="Pools; with --all every one.")] = None,
+    everywhere: AllOption = False,
+    source: Annotated[
+        str, typer.Option("--source", help="auto, index (the pool downloads) or carry (this machine does).")
+    ] = "auto",
+    extras: Annotated[str, typer.Option("--extras", help="worker (with torch), or none.")] = "worker",
+    torch: Annotated[
+        str, typer.Option("--torch", help="auto (by the driver), cpu, default, or a build such as cu130.")
+    ] = "auto",
+    torch_index: Annotated[
+        str, typer.Option("--torch-index", envvar="LLORCH_TORCH_INDEX", help="Where builds of torch are.")
+    ] = "",
+    wheels: Annotated[str, typer.Option("--wheels", help="Folder with dependency wheels to carry over.")] = "",
+    system_packages: Annotated[
+        bool, typer.Option("--system-packages", help="Let it use what the machine's own Python has (torch).")
+    ] = False,
+    python: Annotated[str, typer.Option("--python", help="The machine's Python to use.")] = "",
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    timeout: Annotated[float, TimeoutOption()] = 3600.0,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Install a matching llorch-pool on machines that have nothing but ssh. Needs no root there."""
+    from llorch.fleet.bootstrap import COLUMNS as BOOTSTRAP_COLUMNS
+    from llorch.fleet.bootstrap import Options, bootstrap_pools
+
+    form = chosen(output, as_json)
+    registry = open_registry()
+    options = Options.checked(
+        source=source,
+        extras=extras,
+        torch=torch,
+        torch_index=torch_index,
+        wheels=wheels,
+        system_packages=system_packages,
+        python=python,
+    )
+    pools = registry.chosen(pool or [], everywhere)
+    outcomes = bootstrap_pools(registry, pools, options, dry_run=dry_run, yes=yes, timeout_s=timeout)
+    show(outcomes, BOOTSTRAP_COLUMNS, form)

@@ -1,0 +1,354 @@
+"""The one file that reaches ssh, through plumbum. Read `call` first.
+
+No argument is ever spliced into a remote command line: the command is constant, what it is to do goes in as JSON on
+stdin, events come back as lines. stdin stays open as a lifeline; closing it ends the remote command (not its workers).
+ssh runs in a session of its own, so that Ctrl-C reaches llorch alone, which then closes the lifeline in order.
+
+    who wins?   answer / deadline      whichever is seen first; both close the connection in the same way
+                Ctrl-C / answer        Ctrl-C, but what the remote still says within 1.5 s is read
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import selectors
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from llorch.errors import CliError, UsageProblem
+from llorch.fleet import failures
+from llorch.fleet.pools import Pool, Pools
+from llorch_wire import pool as wire
+
+CONNECT_TIMEOUT_S = 10
+LEAVE_S = 1.5
+"""How long an aborted remote command has to clean up before its connection is cut."""
+GRACE_S = 5.0
+"""Beyond the remote's own deadline: it says itself that it was too slow, if it can."""
+MAX_STDERR_BYTES = 64 << 10
+MAX_LINE_BYTES = 16 << 20
+DROPPED_RETRIES = 3
+
+OnEvent: TypeAlias = Callable[[wire.Progress | wire.Log], None]
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the operator left
+    """The command was cancelled."""
+
+
+def control_folder() -> Path:
+    """A short, private folder for control sockets: a unix socket's path may have 107 bytes, %C takes 40 of them."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    base = Path(runtime) / "llorch" if runtime.startswith("/") and len(runtime) < 30 else None
+    folder = base or Path(tempfile.gettempdir()) / f"llorch-{os.getuid()}"
+    if len(str(folder)) > 40:
+        folder = Path("/tmp") / f"llorch-{os.getuid()}"  # noqa: S108 - its owner and mode are checked below
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stat = folder.lstat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
+        raise UsageProblem(f"{folder} belongs to somebody else or is open to others", next_step=f"remove {folder}")
+    return folder
+
+
+def options(pool: Pool, pools: Pools, *, shared: bool = True) -> list[str]:
+    """ssh's options for a pool; the user's ~/.ssh/config, agent and jump hosts count for everything else."""
+    settings = [
+        "BatchMode=yes",
+        f"ConnectTimeout={CONNECT_TIMEOUT_S}",
+        "ServerAliveInterval=5",
+        "ServerAliveCountMax=3",
+        "RequestTTY=no",
+        "RemoteCommand=none",
+        "ForwardAgent=no",
+        "ForwardX11=no",
+        "ClearAllForwardings=yes",
+        "PermitLocalCommand=no",
+    ]
+    if pool.host_key:
+        settings += [
+            "StrictHostKeyChecking=yes",
+            f"UserKnownHostsFile={config_value(pools.known_hosts)}",
+            "GlobalKnownHostsFile=/dev/null",
+            f"HostKeyAlias={pool.key_alias}",
+            "CheckHostIP=no",
+        ]
+    if shared:
+        # The pin is part of the name: a connection made under another pin is not used.
+        mark = sha256(f"{pool.name} {pool.host_key}".encode()).hexdigest()[:8]
+        settings += [
+            "ControlMaster=auto",
+            f"ControlPath={config_value(control_folder())}/{mark}%C",
+            "ControlPersist=60",
+        ]
+    else:
+        settings += ["ControlMaster=no", "ControlPath=none"]
+    arguments = ["-T"]
+    for setting in settings:
+        arguments += ["-o", setting]
+    return arguments + target(pool)
+
+
+def target(pool: Pool) -> list[str]:
+    """Options that say where: port, user, key."""
+    arguments: list[str] = []
+    if pool.port:
+        arguments += ["-p", str(pool.port)]
+    if pool.user:
+        arguments += ["-l", pool.user]
+    if pool.identity_file:
+        arguments += ["-i", pool.identity_file]
+    return arguments
+
+
+def config_value(path: Path) -> str:
+    """A path as ssh's -o takes it: quoted where it has spaces, `%` doubled."""
+    text = str(path).replace("%", "%%")
+    return f'"{text}"' if " " in text else text
+
+
+def popen(arguments: Sequence[str], *, program: str = "ssh", **kwargs: Any) -> subprocess.Popen[bytes]:
+    """Start ssh (or one of its helpers) in a session of its own, with pipes. Raises UsageProblem if it isn't there."""
+    from plumbum import CommandNotFound, local
+
+    try:
+        command = local[program]
+    except CommandNotFound:
+        raise UsageProblem(f"there is no `{program}` on this machine", next_step="install OpenSSH's client") from None
+    process: Any = command.popen(list(arguments), new_session=True, **kwargs)
+    return process
+
+
+def remote_command(pool: Pool, verb: str) -> str:
+    """The constant remote command: where llorch-pool is (as recorded at bootstrap), and `rpc` or `stream`."""
+    return f"exec {shlex.quote(pool.command)} {verb}"
+
+
+def call(
+    pool: Pool,
+    pools: Pools,
+    command: wire.AnyCommand,
+    *,
+    timeout_s: float,
+    on_event: OnEvent | None = None,
+    cancel: threading.Event | None = None,
+) -> Any:
+    """Run one command on a pool and return its result. Raises CliError (classified), or Interrupted."""
+    for attempt in range(DROPPED_RETRIES + 1):
+        session = Session(pool, pools, cancel or threading.Event())
+        try:
+            return session.run(command, timeout_s, on_event or (lambda _: None))
+        except CliError as error:
+            # sshd drops connections beyond MaxStartups before anything was said: harmless to try again.
+            if failures.kind_of(error) != "dropped" or session.hello is not None or attempt == DROPPED_RETRIES:
+                raise
+            time.sleep(0.2 * 2**attempt * (0.5 + random.random()))
+    raise AssertionError("unreachable")
+
+
+class Session:
+    """One ssh process around one request."""
+
+    def __init__(self, pool: Pool, pools: Pools, cancel: threading.Event) -> None:
+        self._pool, self._pools, self._cancel = pool, pools, cancel
+        self.hello: wire.Hello | None = None
+        self._stderr = bytearray()
+        self._result: Any = None
+        self._end: wire.End | None = None
+
+    def run(self, command: wire.AnyCommand, timeout_s: float, on_event: OnEvent) -> Any:
+        """Send the request, read events until the end line, a failure, the deadline or Ctrl-C."""
+        request = wire.Request(command=command, version=wire.VERSION, timeout_s=timeout_s)
+        arguments = [*options(self._pool, self._pools), "--", self._pool.host, remote_command(self._pool, "rpc")]
+        process = popen(arguments)
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(process.stdin).write(wire.encode_line(request))
+                _pipe(process.stdin).flush()
+            gave_up = self._read(process, time.monotonic() + timeout_s + GRACE_S, on_event)
+        finally:
+            status = finish(process)
+        return self._answer(command, timeout_s, status, gave_up=gave_up)
+
+    def _answer(self, command: wire.AnyCommand, timeout_s: float, status: int | None, *, gave_up: bool) -> Any:
+        if self._cancel.is_set():
+            raise Interrupted
+        if self._end is not None and self._end.rc == wire.RC_OK:
+            return wire.decode_result(command, self._result)
+        if self._end is not None:
+            raise failures.remote(self._pool, self._end.rc, self._end.failure)
+        if gave_up:
+            raise failures.too_slow(self._pool, timeout_s)
+        raise failures.transport(self._pool, status, self._stderr.decode("utf-8", "replace"))
+
+    def _read(self, process: subprocess.Popen[bytes], end: float, on_event: OnEvent) -> bool:
+        """Read until the process has nothing more to say. True when the deadline passed or the caller left."""
+        buffer = bytearray()
+        ticked = time.monotonic()
+        leaving: float | None = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(_pipe(process.stdout), selectors.EVENT_READ)
+            selector.register(_pipe(process.stderr), selectors.EVENT_READ)
+            while selector.get_map() and self._end is None:
+                now = time.monotonic()
+                if leaving is None and (self._cancel.is_set() or now > end):
+                    leaving = now
+                    if self.hello is None:
+                        return True  # nothing runs there yet that could clean up
+                    close_quietly(process.stdin)
+                if leaving is not None and now - leaving > LEAVE_S:
+                    return True
+                if leaving is None and now - ticked > wire.LIFELINE_INTERVAL_S:
+                    ticked = now
+                    _tick(process)
+                for key, _ in selector.select(0.1):
+                    data = os.read(key.fd, 1 << 16)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stdout:
+                        buffer += data
+                        self._lines(buffer, on_event)
+                    else:
+                        self._stderr += data
+                        del self._stderr[:-MAX_STDERR_BYTES]
+        return leaving is not None
+
+    def _lines(self, buffer: bytearray, on_event: OnEvent) -> None:
+        *lines, rest = buffer.split(b"\n")
+        buffer[:] = rest if len(rest) <= MAX_LINE_BYTES else b""
+        for line in lines:
+            match wire.decode_event(bytes(line)):
+                case wire.Hello() as hello:
+                    self.hello = hello
+                    _compare_versions(self._pool, hello, on_event)
+                case wire.Progress() | wire.Log() as event:
+                    on_event(event)
+                case wire.Result(value=value):
+                    self._result = value
+                case wire.End() as end:
+                    self._end = end
+                case None:
+                    pass  # a banner, or what a noisy .bashrc prints
+
+
+def _compare_versions(pool: Pool, hello: wire.Hello, on_event: OnEvent) -> None:
+    """Said at every contact; a different protocol is refused by the other side, in words."""
+    if hello.version != wire.VERSION and hello.protocol == wire.POOL_PROTOCOL:
+        text = f"has llorch-pool {hello.version}, this is llorch {wire.VERSION}: `llorch pool bootstrap {pool.name}`"
+        on_event(wire.Log(text=text, level="warning"))
+
+
+def _pipe(stream: Any) -> Any:
+    assert stream is not None
+    return stream
+
+
+def _tick(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        _pipe(process.stdin).write(b"\n")
+        _pipe(process.stdin).flush()
+
+
+def close_quietly(stream: Any) -> None:
+    """Close a pipe whose other end may be gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if stream is not None:
+            stream.close()
+
+
+def finish(process: subprocess.Popen[bytes], patience_s: float = 1.0) -> int | None:
+    """Close the lifeline and see the process off. Its status, None if it had to be killed."""
+    close_quietly(process.stdin)
+    status: int | None = None
+    try:
+        status = process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    close_quietly(process.stdout)
+    close_quietly(process.stderr)
+    return status
+
+
+def run_script(
+    pool: Pool,
+    pools: Pools,
+    script: str,
+    payload: Path | None = None,
+    *,
+    timeout_s: float,
+    on_line: Callable[[str], None],
+    cancel: threading.Event,
+) -> tuple[int, str]:
+    """Run a constant POSIX script with the file `payload` on its stdin, then keep stdin open as its lifeline.
+
+    Returns (status, stderr). Raises CliError for a failed connection, Interrupted.
+    """
+    arguments = [*options(pool, pools), "--", pool.host, f"exec /bin/sh -c {shlex.quote(script)}"]
+    process = popen(arguments)
+    feeder = threading.Thread(target=_feed, args=(process, payload), daemon=True)
+    feeder.start()
+    stderr, buffer = bytearray(), bytearray()
+    end = time.monotonic() + timeout_s
+    ticked = time.monotonic()
+    late = False
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(_pipe(process.stdout), selectors.EVENT_READ)
+            selector.register(_pipe(process.stderr), selectors.EVENT_READ)
+            while selector.get_map():
+                now = time.monotonic()
+                if cancel.is_set() or now > end:
+                    late = now > end
+                    break
+                if now - ticked > wire.LIFELINE_INTERVAL_S and not feeder.is_alive():
+                    ticked = now
+                    _tick(process)
+                for key, _ in selector.select(0.1):
+                    data = os.read(key.fd, 1 << 16)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stdout:
+                        buffer += data
+                        *lines, rest = buffer.split(b"\n")
+                        buffer[:] = rest
+                        for line in lines:
+                            on_line(line.decode("utf-8", "replace"))
+                    else:
+                        stderr += data
+                        del stderr[:-MAX_STDERR_BYTES]
+    finally:
+        status = finish(process, LEAVE_S)
+        feeder.join(1)
+    if cancel.is_set():
+        raise Interrupted
+    if late:
+        raise failures.too_slow(pool, timeout_s)
+    text = stderr.decode("utf-8", "replace")
+    if status == 255 or status is None:
+        raise failures.transport(pool, status, text)
+    return status, text
+
+
+def _feed(process: subprocess.Popen[bytes], payload: Path | None) -> None:
+    if payload is None:
+        return
+    with contextlib.suppress(OSError, ValueError), payload.open("rb") as source:
+        while chunk := source.read(1 << 16):
+            _pipe(process.stdin).write(chunk)
+        _pipe(process.stdin).flush()
+
+
+def close_master(pool: Pool, pools: Pools) -> None:
+    """End the shared connection to a pool, if there is one."""
+    process = popen([*options(pool, pools), "-O", "exit", "--", pool.host])
+    finish(process, 5)
