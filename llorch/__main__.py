@@ -1,6 +1,8 @@
 """`python -m llorch`."""
 
+import sys
+
 from llorch.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
