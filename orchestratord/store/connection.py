@@ -189,6 +189,10 @@ class Connection:
     async def aclose(self) -> None:
         """Closes every connection."""
         await self.client.aclose()
+        if not isinstance(self.client, RedisCluster):
+            sentinel = getattr(self.client.connection_pool, "sentinel_manager", None)
+            for client in [] if sentinel is None else sentinel.sentinels:
+                await client.aclose()
 
 
 async def connect(url: str, timeout_s: float) -> Connection:

@@ -25,6 +25,7 @@ KINDS = (
     "retry",
     "deadlines",
     "done",
+    "webhooks",
     "tasks-by",
     "sequence",
     "version",

@@ -28,6 +28,7 @@ from orchestratord.store.errors import StoreUnavailableError as StoreUnavailable
 from orchestratord.store.errors import StoreUrlError as StoreUrlError
 from orchestratord.store.fleet import FleetStore
 from orchestratord.store.hints import HintReader
+from orchestratord.store.housekeeping import HousekeepingStore
 from orchestratord.store.keys import ANCHOR
 from orchestratord.store.reads import ReadStore
 from orchestratord.store.types import (
@@ -57,8 +58,8 @@ _APPEND_CHUNK = 64
 _MEMORY_READ_S = 1.0
 
 
-class Store(ReadStore, FleetStore):
-    """Every transition of a task; reads and the fleet come from the two bases."""
+class Store(ReadStore, FleetStore, HousekeepingStore):
+    """Every transition of a task; reads, the fleet and housekeeping come from the bases."""
 
     @classmethod
     async def connect(
@@ -271,10 +272,11 @@ class Store(ReadStore, FleetStore):
             host=node.host, port=int(node.port), username=options.get("username"), password=options.get("password")
         ), True
 
-    async def audit(self, *, repair: bool = False) -> list[Finding]:
+    async def audit(self, *, repair: bool = False, logs: bool = True) -> list[Finding]:
         """Every broken invariant of docs/redis-state.md, each judged at one instant of its own, so that it may run
-        beside live traffic. `repair` mends what can be: places and indexes are made to say what the tasks say."""
-        return await audit(self._connection, repair=repair)
+        beside live traffic. `repair` mends what can be: places and indexes are made to say what the tasks say. `logs`
+        reads every log whole, which takes a while where there are many."""
+        return await audit(self._connection, repair=repair, logs=logs)
 
 
 def _batch_arguments(batch: TokenBatch) -> tuple[str | int | bytes, ...]:

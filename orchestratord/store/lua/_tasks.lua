@@ -149,6 +149,7 @@ local function finish(task, now, state, kind, data, call)
   redis.call('XADD', key('log', task.task_id), task.attempt .. '-' .. TERMINAL, kind, data)
   set_state(task, state, { finished_at_ms = integer(now), [kind] = data, last_call = call })
   redis.call('ZADD', key('done'), integer(now), task.task_id)
+  if task.callback_url then redis.call('ZADD', key('webhooks'), integer(now), task.task_id) end
   settle(task)
   leave_if_idle(task)
   publish_task(task)

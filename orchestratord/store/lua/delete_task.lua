@@ -13,4 +13,5 @@ if task.idempotency_key then
 end
 unindex(task, task.state)
 redis.call('ZREM', key('done'), ARGV[1])
+redis.call('ZREM', key('webhooks'), ARGV[1])
 return 1

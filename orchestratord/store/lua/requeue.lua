@@ -42,7 +42,8 @@ local backoff = tonumber(ARGV[9])
 local state = backoff > 0 and 'retry' or 'queued'
 set_state(task, state, { last_call = call, owner = '' })
 if state == 'retry' then
-  redis.call('ZADD', key('retry'), integer(now + backoff), task.task_id)
+  update(task, { retry_at_ms = integer(now + backoff) })
+  redis.call('ZADD', key('retry'), task.retry_at_ms, task.task_id)
 else
   enqueue(task, now)
 end
