@@ -106,13 +106,17 @@ class DataDir:
         entries = [{"pid": pid, "start_time": start_time(pid)} for pid in pids]
         write_json(self.path / "running.json", entries)
 
-    def worker_ids(self, count: int) -> list[str]:
-        """The same ids at every start. The prefix keeps two folders apart that share one Redis."""
+    def prefix(self) -> str:
+        """What this folder's worker ids begin with; it keeps two folders apart that share one Redis."""
         prefix = self._state.get("prefix")
         if not isinstance(prefix, str):
-            prefix = f"up-{secrets.token_hex(3)}"
+            prefix = f"up-{secrets.token_hex(3)}-"
             self._keep("prefix", prefix)
-        return [f"{prefix}-{number}" for number in range(1, count + 1)]
+        return prefix
+
+    def worker_ids(self, count: int) -> list[str]:
+        """The same ids at every start."""
+        return [f"{self.prefix()}{number}" for number in range(1, count + 1)]
 
     def worker_ports(self, count: int) -> list[int]:
         """A port for each worker: those of the last start as far as they are free."""

@@ -7,12 +7,13 @@ the old registration is still listed as ready until its lease has run out.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llorch.errors import ApiFailure, CliError
-from llorch.http import Api, rows
+from llorch.http import Api, rows, segment
 
 ASK_TIMEOUT_S = 2.0
 
@@ -50,6 +51,14 @@ class Questions:
         return {
             worker_id: judge(health, listed.get(worker_id)) for worker_id, health in zip(urls, answers, strict=True)
         }
+
+    async def forget_others(self, prefix: str, kept: set[str]) -> None:
+        """Have orchestratord forget workers of this data folder that this life has no use for (fewer --workers)."""
+        for worker_id, row in (await asyncio.to_thread(self._listed)).items():
+            if worker_id.startswith(prefix) and worker_id not in kept and row.get("state") == "lost":
+                with contextlib.suppress(CliError):
+                    path = f"/v2/workers/{segment(worker_id)}"
+                    await asyncio.to_thread(self._orchestratord.request, "DELETE", path)
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         try:

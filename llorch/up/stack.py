@@ -200,6 +200,8 @@ class Stack:
             if all(part.ready for part in self._parts):
                 if not self._is_up:
                     self._announce()
+                    kept = {part.name for part in self._parts}
+                    await self._questions.forget_others(self._data.prefix(), kept)
                 await self._changed.wait()
             else:
                 if not self._is_up:
