@@ -34,7 +34,8 @@ TEMPLATES = {
     {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
-    "namespaces": """{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}
+    "namespaces": """{% set ns = namespace(n=0) %}{% for m in messages %}
+{% if m.role == 'system' %}{% continue %}{% endif %}
 {% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m | tojson }}{{ m.content[::-1] }}{% if loop.index > 3 %}{% break %}{% endif %}
 {% endfor %}{{ messages | tojson(indent=2) }}{{ dict(a=1)['a'] }}""",
     "generation": """{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}

@@ -38,7 +38,7 @@ async def test_events_of_a_whole_generation() -> None:
     assert [(token.i, token.t) for token in tokens] == [(0, "a"), (1, "b"), (2, "")]  # type: ignore[attr-defined]
     assert isinstance(last, EndEvent)
     assert (last.stop_reason, last.tokens_out, last.cached_tokens, last.prefill_time_ms) == ("EOS", 3, 7, 3)
-    assert [event for event in await read_all(bench, generation, after=1)][1:] == [tokens[2], last]
+    assert (await read_all(bench, generation, after=1))[1:] == [tokens[2], last]
 
 
 def test_tokens_beyond_a_stop_string_are_dropped_and_the_slot_is_free_at_once() -> None:
