@@ -30,7 +30,16 @@ MAX_IN_FLIGHT = 32
 SLOW_S = 1.0
 """A command that takes longer than this means that Redis, or the way to it, stood still."""
 
-_REFUSALS = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "BUSY")
+# A refusal to write, as redis-py names it (it cuts the first word off then) or as Redis does.
+_REFUSALS = (
+    exceptions.ReadOnlyError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+    exceptions.TryAgainError,
+    exceptions.AskError,
+    exceptions.MovedError,
+)
+_REFUSING_WORDS = ("MISCONF", "NOREPLICAS", "BUSY", "LOADING", "UNKILLABLE")
 T = TypeVar("T")
 
 
@@ -165,7 +174,7 @@ class Connection:
                 except exceptions.ConnectionError:
                     self.trouble()
                     result = await command()
-        except (exceptions.RedisError, OSError, TimeoutError) as error:
+        except (exceptions.RedisError, exceptions.RedisClusterException, OSError, TimeoutError) as error:
             raise self._unavailable(error) from error
         if time.monotonic() - started > SLOW_S:
             self.trouble()
@@ -177,9 +186,9 @@ class Connection:
             return StoreUnavailableError(f"Redis at {self.shown} did not answer within {self.timeout_s:g} s")
         if isinstance(error, exceptions.ResponseError):
             word = str(error).split(" ", 1)[0].removeprefix("-")
-            if isinstance(error, exceptions.OutOfMemoryError) or word == "OOM":
+            if isinstance(error, exceptions.OutOfMemoryError):
                 return StoreUnavailableError(f"Redis at {self.shown} is full (maxmemory): finished tasks must go first")
-            if word not in _REFUSALS:
+            if not isinstance(error, _REFUSALS) and word not in _REFUSING_WORDS:
                 return error  # a mistake of ours: a script's error must not pass for an outage
             self.trouble()
             return StoreUnavailableError(f"Redis at {self.shown} refuses: {str(error)[:200]}")

@@ -104,7 +104,7 @@ class HintReader:
             try:
                 async for _ in self._messages():
                     failures = 0
-            except (exceptions.RedisError, OSError, TimeoutError):
+            except (exceptions.RedisError, exceptions.RedisClusterException, OSError, TimeoutError):
                 for confirmed in self._confirmed.values():
                     confirmed.clear()
             await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
