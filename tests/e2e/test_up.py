@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.stack import Stack, Transcript, alive, post_task, wait_gone
+from tests.support.stack import Stack, Transcript, alive, wait_gone
 
 pytestmark = pytest.mark.e2e
 
@@ -29,9 +31,20 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 async def tell(stack: Stack, **body: Any) -> Transcript:
-    async with aiohttp.ClientSession() as session:
-        task = await post_task(session, stack.url, prompt="Once upon a time", max_tokens=40, ignore_eos=True, **body)
-        return await Transcript(task["task_id"]).follow(session, stack.url)
+    """One task from its admission, asked for until something that was just killed is back, to its end."""
+    request = {"prompt": "Once upon a time", "max_tokens": 40, "ignore_eos": True, "task_id": str(uuid.uuid4()), **body}
+    async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+        while True:
+            try:
+                async with session.post(f"{stack.url}/v2/tasks", json={"model": "demo", **request}) as reply:
+                    answer = await reply.json()
+            except aiohttp.ClientError:
+                answer = {"error": {"retriable": True}}
+            if "error" not in answer:
+                break
+            assert answer["error"]["retriable"], answer
+            await asyncio.sleep(0.05)
+        return await Transcript(answer["task_id"]).follow(session, stack.url)
 
 
 def descendants(pid: int) -> list[int]:
