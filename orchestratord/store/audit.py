@@ -19,28 +19,29 @@ from orchestratord.store.connection import Connection
 from orchestratord.store.keys import KINDS, TAG, key, split
 from orchestratord.store.types import Finding, LogEntry
 
-_MEMBERS = {
-    "queue": "zset",
-    "waiting-in": "zset",
-    "queues": "set",
-    "waiting": "hash",
-    "retry": "zset",
-    "deadlines": "zset",
-    "done": "zset",
-    "tasks-by": "zset",
-    "running": "hash",
-    "stopping": "hash",
-    "owned": "set",
-    "orphans": "set",
-    "active": "set",
-    "workers": "set",
-    "workers-of": "set",
-    "worker-leases": "zset",
-    "drains": "hash",
-}
+_COLLECTIONS = (
+    "queue",
+    "waiting-in",
+    "queues",
+    "waiting",
+    "retry",
+    "deadlines",
+    "done",
+    "tasks-by",
+    "running",
+    "stopping",
+    "owned",
+    "orphans",
+    "active",
+    "workers",
+    "workers-of",
+    "worker-leases",
+    "drains",
+)
 _SINGLE = ("log", "payload", "idem")
 _TASKS_PER_CALL = 50
-_MEMBERS_PER_CALL = 200
+_COLLECTIONS_PER_CALL = 10
+_SINGLES_PER_CALL = 200
 _LOG_CHUNK = 512
 
 
@@ -57,12 +58,12 @@ async def audit(connection: Connection, *, repair: bool, logs: bool = True) -> l
     task_ids = [split(name)[1][0] for name in names.get("task", [])]
     for chunk in _chunks(task_ids, _TASKS_PER_CALL):
         findings += await _check(connection, "audit_tasks", repair, chunk)
-    for kind in _MEMBERS:
-        for name in names.get(kind, []):
-            findings += await _check_members(connection, repair, kind, name)
+    collections = [name for kind in _COLLECTIONS for name in names.get(kind, [])]
+    for chunk in _chunks(collections, _COLLECTIONS_PER_CALL):
+        findings += await _check_members(connection, repair, chunk)
     for kind in _SINGLE:
         singles = [(kind, name, "" if kind == "idem" else split(name)[1][0]) for name in names.get(kind, [])]
-        for chunk in _chunks(singles, _MEMBERS_PER_CALL):
+        for chunk in _chunks(singles, _SINGLES_PER_CALL):
             findings += await _check(connection, "audit_single", repair, [part for one in chunk for part in one])
     if logs:
         for task_id in task_ids:
@@ -71,7 +72,10 @@ async def audit(connection: Connection, *, repair: bool, logs: bool = True) -> l
 
 
 async def _check(connection: Connection, script: str, repair: bool, arguments: Iterable[str]) -> list[Finding]:
-    flat: list[Any] = await connection.run(script, int(repair), *arguments)
+    return _findings(await connection.run(script, int(repair), *arguments))
+
+
+def _findings(flat: list[Any]) -> list[Finding]:
     rows = [flat[start : start + 4] for start in range(0, len(flat), 4)]
     return [
         Finding(invariant=row[0].decode(), key=row[1].decode(), detail=row[2].decode(), repaired=bool(row[3]))
@@ -79,23 +83,18 @@ async def _check(connection: Connection, script: str, repair: bool, arguments: I
     ]
 
 
-async def _check_members(connection: Connection, repair: bool, kind: str, name: str) -> list[Finding]:
-    _, parts = split(name)
+async def _check_members(connection: Connection, repair: bool, names: Sequence[str]) -> list[Finding]:
     findings: list[Finding] = []
-    for chunk in _chunks(await _members(connection, _MEMBERS[kind], name), _MEMBERS_PER_CALL):
-        arguments = [kind, name, str(len(parts)), *parts, *chunk]
-        findings += await _check(connection, "audit_members", repair, arguments)
+    starts = dict.fromkeys(names, 0)
+    while starts:
+        arguments: list[str] = []
+        for name, start in starts.items():
+            kind, parts = split(name)
+            arguments += [kind, name, str(start), str(len(parts)), *parts]
+        following, flat = await connection.run("audit_members", int(repair), *arguments)
+        findings += _findings(flat)
+        starts = {name: start for name, start in zip(starts, following, strict=True) if start >= 0}
     return findings
-
-
-async def _members(connection: Connection, form: str, name: str) -> list[str]:
-    client = connection.client
-    read = {
-        "zset": lambda: client.zrange(name, 0, -1),
-        "set": lambda: client.smembers(name),
-        "hash": lambda: client.hkeys(name),
-    }[form]
-    return [member.decode() for member in await connection.call(read)]
 
 
 async def _scan(connection: Connection) -> AsyncIterator[str]:

@@ -1,30 +1,29 @@
--- Checks that what stands in a set, a queue or an index belongs there.
+-- Checks that what stands in sets, queues and indexes belongs there.
 -- KEYS   1 anchor
--- ARGV   1 repair (1|0)  2 kind of key  3 the key  4 number of its decoded parts  5… the parts, then members
--- Returns invariant, key, detail, repaired 1|0, … of each finding. A member that has left meanwhile has none.
+-- ARGV   1 repair (1|0)  2… for each key: its kind, the key, rank to begin at, number of its decoded parts, the parts
+-- Returns { rank to go on at for each key (-1: it is done), list of invariant, key, detail, repaired 1|0, … }
+--        Sorted sets are looked at from the given rank, WINDOW members a call; sets and hashes, which are small, whole.
 -- Repair removes what doesn't belong.
 --@include tasks
 
-local repair, kind, name, count = ARGV[1] == '1', ARGV[2], ARGV[3], tonumber(ARGV[4])
-local parts, members = {}, {}
-for i = 5, #ARGV do
-  if i < 5 + count then parts[#parts + 1] = ARGV[i] else members[#members + 1] = ARGV[i] end
-end
-
+local WINDOW = 200
+local repair = ARGV[1] == '1'
 local findings = {}
-local function found(member, detail, mend)
-  if repair then mend() end
-  for _, part in ipairs({ 'member', name, member .. ' ' .. detail, repair and 1 or 0 }) do
-    findings[#findings + 1] = part
-  end
-end
+local name, parts
 
-local function in_zset(member) return redis.call('ZSCORE', name, member) end
-local function in_set(member) return redis.call('SISMEMBER', name, member) == 1 end
-local function in_hash(member) return redis.call('HEXISTS', name, member) == 1 end
-local function zrem(member) redis.call('ZREM', name, member) end
-local function srem(member) redis.call('SREM', name, member) end
-local function hdel(member) redis.call('HDEL', name, member) end
+local ZSET = {
+  read = function(start) return redis.call('ZRANGE', name, start, start + WINDOW - 1) end,
+  remove = function(member) redis.call('ZREM', name, member) end,
+}
+local SET = {
+  read = function() return redis.call('SMEMBERS', name) end,
+  remove = function(member) redis.call('SREM', name, member) end,
+}
+local HASH = {
+  read = function() return redis.call('HKEYS', name) end,
+  remove = function(member) redis.call('HDEL', name, member) end,
+}
+local COUNTS = { read = HASH.read, remove = function(member) count_waiting(member) end }
 
 local function task_is(test)
   return function(member)
@@ -52,50 +51,67 @@ local function registered(member)
 end
 
 local RULES = {
-  ['queue'] = { in_zset, zrem, task_is(function(task)
+  ['queue'] = { ZSET, task_is(function(task)
     return task.state == 'queued' and name == key('queue', task.model) .. ':' .. queue_of(task)
   end) },
-  ['waiting-in'] = { in_zset, zrem, task_is(function(task)
+  ['waiting-in'] = { ZSET, task_is(function(task)
     return task.state == 'queued' and task.model == parts[1] and task.priority == parts[2]
   end) },
-  ['queues'] = { in_set, srem, function(member)
+  ['queues'] = { SET, function(member)
     if redis.call('EXISTS', key('queue', parts[1]) .. ':' .. member) == 0 then return 'is empty' end
   end },
-  ['waiting'] = { in_hash, function(member) count_waiting(member) end, function(member)
+  ['waiting'] = { COUNTS, function(member)
     local count = redis.call('HGET', name, member)
     if tonumber(count) ~= waiting_in(member) or count == '0' then
       return 'has ' .. waiting_in(member) .. ' waiting tasks, not ' .. count
     end
   end },
-  ['retry'] = { in_zset, zrem, task_is(function(task) return task.state == 'retry' end) },
-  ['deadlines'] = { in_zset, zrem, task_is(is_live) },
-  ['done'] = { in_zset, zrem, task_is(function(task) return not is_live(task) end) },
-  ['tasks-by'] = { in_zset, zrem, task_is(function(task)
+  ['retry'] = { ZSET, task_is(function(task) return task.state == 'retry' end) },
+  ['deadlines'] = { ZSET, task_is(is_live) },
+  ['done'] = { ZSET, task_is(function(task) return not is_live(task) end) },
+  ['tasks-by'] = { ZSET, task_is(function(task)
     return task.tenant == parts[1] and status_of(task.state) == parts[2] and (not parts[3] or task.model == parts[3])
   end) },
-  ['running'] = { in_hash, hdel, task_is(function(task)
+  ['running'] = { HASH, task_is(function(task)
     return task.state == 'running' and task.worker_id == parts[1]
       and redis.call('HGET', name, task.task_id) == task.attempt
   end) },
-  ['stopping'] = { in_hash, hdel, stopped_attempt },
-  ['owned'] = { in_set, srem, task_is(function(task) return task.state == 'running' and task.owner == parts[1] end) },
-  ['orphans'] = { in_set, srem, task_is(function(task) return task.state == 'running' and task.owner == '' end) },
-  ['active'] = { in_set, srem, live_tenant },
-  ['workers'] = { in_set, srem, registered },
-  ['workers-of'] = { in_set, srem, function(member)
+  ['stopping'] = { HASH, stopped_attempt },
+  ['owned'] = { SET, task_is(function(task) return task.state == 'running' and task.owner == parts[1] end) },
+  ['orphans'] = { SET, task_is(function(task) return task.state == 'running' and task.owner == '' end) },
+  ['active'] = { SET, live_tenant },
+  ['workers'] = { SET, registered },
+  ['workers-of'] = { SET, function(member)
     if redis.call('HGET', key('worker', member), 'model') ~= parts[1] then return 'has another model' end
   end },
-  ['worker-leases'] = { in_zset, zrem, function(member)
+  ['worker-leases'] = { ZSET, function(member)
     local lost = redis.call('HGET', key('worker', member), 'lost')
     if not lost then return 'is not a worker' end
     if lost == '1' then return 'is lost' end
   end },
-  ['drains'] = { in_hash, hdel, registered },
+  ['drains'] = { HASH, registered },
 }
 
-local present, remove, wrong = unpack(RULES[kind])
-for _, member in ipairs(members) do
-  local detail = present(member) and wrong(member)
-  if detail then found(member, detail, function() remove(member) end) end
+local counts = {}
+local at = 2
+while ARGV[at] do
+  local form, wrong = unpack(RULES[ARGV[at]])
+  name, parts = ARGV[at + 1], {}
+  local start, last = tonumber(ARGV[at + 2]), at + 3 + tonumber(ARGV[at + 3])
+  for i = at + 4, last do parts[#parts + 1] = ARGV[i] end
+  local members = form.read(start)
+  local kept = 0
+  for _, member in ipairs(members) do
+    local detail = wrong(member)
+    if detail and repair then form.remove(member) else kept = kept + 1 end
+    if detail then
+      for _, part in ipairs({ 'member', name, member .. ' ' .. detail, repair and 1 or 0 }) do
+        findings[#findings + 1] = part
+      end
+    end
+  end
+  -- What was removed has moved the rest down.
+  counts[#counts + 1] = #members == WINDOW and start + kept or -1
+  at = last + 1
 end
-return findings
+return { counts, findings }
