@@ -14,7 +14,7 @@ import torch
 
 from worker.engine.attention import choose_attention
 from worker.engine.block_manager import BlockManager
-from worker.engine.cpu_linear import pack_linears
+from worker.engine.cpu_layers import PLAIN_PADDING, RowPadding, prepare_for_cpu
 from worker.engine.exactness import forward_is_exact
 from worker.engine.experts import EXPERTS_NAME, register_experts
 from worker.engine.kv_cache import KVCache, KVShape
@@ -75,8 +75,7 @@ def build_engine(
         attention_name=ATTENTION_NAME,
         experts_name=EXPERTS_NAME,
     )
-    if device.type == "cpu" and loaded.dtype is torch.float32 and not pack_linears(loaded.model):
-        logger.warning("oneDNN's packed linear layers are not available; steps of few rows will be slower")
+    padding = _prepare(loaded, device)
     progress("measuring", 0.5)
     slots = options.slots or DEFAULT_SLOTS[device.type]
     batch_tokens = max(options.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type], slots)
@@ -88,7 +87,7 @@ def build_engine(
     context_length = min(limit, num_blocks * block_tokens)
     cache = _allocate(shape, num_blocks, block_tokens, device)
     attention = backend.build(cache, context_length)
-    runner = ModelRunner(loaded.model, cache, attention)
+    runner = ModelRunner(loaded.model, cache, attention, padding)
     exact = (
         forward_is_exact(runner, cache, loaded.vocab_size, context_length) if _may_be_exact(loaded, options) else False
     )
@@ -148,6 +147,13 @@ def kv_shape(loaded: LoadedModel) -> KVShape:
     config = loaded.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KVShape(config.num_hidden_layers, config.num_key_value_heads, head_dim, loaded.dtype)
+
+
+def _prepare(loaded: LoadedModel, device: torch.device) -> RowPadding:
+    if device.type == "cpu" and loaded.dtype is torch.float32:
+        config = loaded.model.config
+        return prepare_for_cpu(loaded.model, getattr(config, "hidden_act", None) or config.hidden_activation)
+    return PLAIN_PADDING if device.type == "cpu" else RowPadding(1, 1)
 
 
 def _may_be_exact(loaded: LoadedModel, options: EngineOptions) -> bool:

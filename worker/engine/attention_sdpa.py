@@ -3,7 +3,8 @@
 Read `SdpaAttention.attend` first. What a row of the batch gets must depend on its own sequence alone, down to the last
 bit, or a seed would mean something else in another batch. Three habits give that on a CPU in float32:
 
-    query rows are padded to a multiple of 8    matrix products over fewer rows take another path
+    query rows are padded to a multiple of 4,   matrix products over fewer rows take another path
+    or of 8, whichever is enough here
     key/value lengths are padded to `tails`     a shorter reduction may be cut into other pieces; which lengths are
                                                 safe is measured at start, 512 (torch's own tile) always is
     a view begins at a multiple of 512          torch walks the keys in tiles of 512 from the view's beginning
@@ -57,13 +58,12 @@ class SdpaAttention:
     def __init__(self, cache: KVCache, *, num_heads: int, context_length: int) -> None:
         self._cache = cache
         self._groups = num_heads // cache.shape.kv_heads
-        self._query_rows = -(-self._groups // ROWS) * ROWS
         self._device = cache.pool.device
-        self._tails = (
-            safe_tails(cache.shape.kv_heads, cache.shape.head_dim, cache.shape.dtype)
-            if self._device.type == "cpu"
-            else (TILE,)
-        )
+        if self._device.type == "cpu":
+            rows, self._tails = safe_shapes(cache.shape.kv_heads, cache.shape.head_dim, cache.shape.dtype)
+        else:
+            rows, self._tails = 1, (64, 128, 256, TILE)
+        self._query_rows = -(-self._groups // rows) * rows
         self._mask_length = -(-(context_length + 1) // TILE) * TILE
         self._masks: dict[int | None, torch.Tensor] = {}
 
@@ -196,8 +196,8 @@ def padded_length(length: int, tails: tuple[int, ...]) -> int:
     return whole * TILE + next(tail for tail in tails if tail >= rest)
 
 
-def safe_tails(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Key lengths below a tile whose results equal those of a whole tile bit by bit on this machine; ends with TILE.
+def safe_shapes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
+    """Query rows (4 or 8), and key lengths up to TILE, whose results equal those of any larger ones bit by bit here.
 
     A matrix library may cut a reduction over 256 numbers in other places than one over 512. It decides by size alone,
     so a handful of trials settles it.
@@ -210,14 +210,14 @@ def safe_tails(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, .
         mask = torch.zeros(1, 1, 1, length, dtype=dtype)
         mask[..., visible:] = -torch.inf
         return F.scaled_dot_product_attention(
-            query[:, :, :rows], keys[:, :, :length], values[:, :, :length], attn_mask=mask.expand(1, 1, rows, length)
+            query[:, :, :rows], keys[:, :, :length], values[:, :, :length], attn_mask=mask
         )
 
-    safe: list[int] = []
-    for tail in range(64, TILE, 64):
-        trials = ((rows, visible) for rows in (ROWS, 64) for visible in (tail - 61, tail - 23, tail))
-        if all(
-            torch.equal(attend(rows, tail, visible), attend(64, TILE, visible)[:, :, :rows]) for rows, visible in trials
-        ):
-            safe.append(tail)
-    return (*safe, TILE)
+    def safe(rows: int, tail: int) -> bool:
+        return all(
+            torch.equal(attend(rows, tail, visible), attend(64, TILE, visible)[:, :, :rows])
+            for visible in (tail - 29, tail - 11, tail)
+        )
+
+    rows = 4 if safe(4, TILE) else ROWS
+    return rows, (*(tail for tail in range(32, TILE, 32) if safe(rows, tail) and safe(64, tail)), TILE)

@@ -60,7 +60,9 @@ def load_model(
     vocab_size = _positive(config, "vocab_size")
     _check_tokenizer(folder, vocab_size)
     chosen = choose_dtype(dtype, config, device)
-    model = _read_weights(folder, device, chosen, attention_name, experts_name if "num_experts_per_tok" in config else None)
+    model = _read_weights(
+        folder, device, chosen, attention_name, experts_name if "num_experts_per_tok" in config else None
+    )
     return LoadedModel(
         model=model,
         architecture=architecture,

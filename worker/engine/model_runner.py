@@ -12,15 +12,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from worker.engine.attention import Attention
+from worker.engine.cpu_layers import RowPadding
 from worker.engine.kv_cache import KVCache
 from worker.engine.packed_batch import PackedBatch, pack
 from worker.engine.scheduler import Chunk
 
 ATTENTION_NAME = "llorch_packed"
 """Neither "flash" nor a `paged|` prefix may stand in it: transformers looks for both inside the name."""
-
-ROW_MULTIPLE = 8
-"""Rows of a batch are padded to a multiple of this: over fewer rows a matrix product takes another path."""
 
 
 def register_attention() -> None:
@@ -64,11 +62,12 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 class ModelRunner:
     """A model, its cache and its attention. Not thread-safe."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, attention: Attention) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, attention: Attention, padding: RowPadding) -> None:
         self._base = cast("torch.nn.Module", model.get_decoder())
         self._head = cast("torch.nn.Module", model.get_output_embeddings())
         self._cache = cache
         self._attention = attention
+        self._padding = padding
         self._device = cache.pool.device
 
     def forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
@@ -77,11 +76,11 @@ class ModelRunner:
         Returns logits [rows, vocabulary], one row for each sampling chunk in order and padding behind them, and the
         indices of the chunks whose numbers are not finite: nothing of theirs can be trusted.
         """
-        batch = pack(chunks, ROW_MULTIPLE)
+        batch = pack(chunks, self._padding.missing)
         with torch.inference_mode():
             hidden = self._hidden(batch)
             bad = self._bad_spans(hidden, batch)
-            rows = batch.sampled_rows + [batch.num_rows - 1] * (-len(batch.sampled_rows) % ROW_MULTIPLE)
+            rows = batch.sampled_rows + [0] * self._padding.missing(len(batch.sampled_rows))
             logits = self._head(hidden[torch.tensor(rows, dtype=torch.int64, device=self._device)])
         return logits, bad
 

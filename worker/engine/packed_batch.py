@@ -5,6 +5,7 @@ rows:  │ decode │ decode │ prefill chunk of a sequence ... │ padding │
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from worker.engine.scheduler import Chunk
@@ -45,8 +46,8 @@ class PackedBatch:
         return self.spans[-1].row + self.spans[-1].count
 
 
-def pack(chunks: list[Chunk], row_multiple: int) -> PackedBatch:
-    """Lay chunks end to end and pad the rows to a multiple of `row_multiple`."""
+def pack(chunks: list[Chunk], padding_for: Callable[[int], int]) -> PackedBatch:
+    """Lay chunks end to end; `padding_for` says how many rows of padding a number of rows needs."""
     token_ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
@@ -57,7 +58,7 @@ def pack(chunks: list[Chunk], row_multiple: int) -> PackedBatch:
         positions.extend(range(chunk.start, chunk.start + chunk.count))
         if chunk.samples:
             sampled.append(len(token_ids) - 1)
-    padding = -len(token_ids) % row_multiple
+    padding = padding_for(len(token_ids))
     token_ids.extend([0] * padding)
     positions.extend([0] * padding)
     decodes = next((index for index, span in enumerate(spans) if span.count > 1), len(spans))

@@ -1,0 +1,219 @@
+"""`llorch-worker bench`: this engine beside others, on one machine, in one process, on the same weights.
+
+Read `main` first. Every round runs each contender once, one after the other, so that a machine that gets slower gets
+slower for all; what is reported is the median of the rounds' ratios. The last line of the output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from worker.engine.machine import cores, default_threads
+
+if TYPE_CHECKING:
+    from worker.engine.contenders import Contender, Job, Run
+
+OTHERS = ("generate", "transformers-cb", "vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Jobs by shape: `batch` of them, prompts and answers with lengths drawn from the ranges."""
+
+    name: str
+    batch: int
+    prompt: tuple[int, int]
+    answer: tuple[int, int]
+
+    def jobs(self, vocab_size: int, seed: int) -> list[Job]:
+        """The same lengths every time; tokens depend on the seed."""
+        from worker.engine.contenders import Job
+
+        lengths = random.Random(1)
+        tokens = random.Random(seed)
+        jobs: list[Job] = []
+        for _ in range(self.batch):
+            prompt = [tokens.randrange(3, vocab_size) for _ in range(lengths.randint(*self.prompt))]
+            jobs.append(Job(prompt, lengths.randint(*self.answer)))
+        return jobs
+
+
+WORKLOADS = (
+    Workload("batch 1", 1, (64, 64), (32, 32)),
+    Workload("batch 8", 8, (64, 64), (32, 32)),
+    Workload("batch 32", 32, (64, 64), (32, 32)),
+    Workload("mixed 32", 32, (8, 512), (8, 128)),
+    Workload("long prompt 16", 16, (768, 768), (32, 32)),
+)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; exits with 2 and a message on a mistake."""
+    parser = argparse.ArgumentParser(prog="llorch-worker bench", description=__doc__)
+    parser.add_argument("--model", type=Path, help="a model folder; default: 33M random weights, made on the spot")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--against", default="generate,transformers-cb", help=f"any of {', '.join(OTHERS)}, or none")
+    parser.add_argument("--workloads", default=",".join(w.name for w in WORKLOADS), help="by name, comma-separated")
+    parser.add_argument("--plot", type=Path, help="write a PNG (needs matplotlib)")
+    args = parser.parse_args(argv)
+    known = {w.name for w in WORKLOADS}
+    wanted = [name.strip() for name in args.workloads.split(",")]
+    if unknown := [name for name in wanted if name not in known]:
+        parser.error(f"--workloads: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    args.against = [name.strip() for name in args.against.split(",") if name.strip() not in ("", "none")]
+    if unknown := [name for name in args.against if name not in OTHERS]:
+        parser.error(f"--against: unknown {', '.join(unknown)}; known are {', '.join(OTHERS)}")
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    args.workloads = [w for w in WORKLOADS if w.name in wanted]
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print a table and a JSON line. Returns the exit code."""
+    args = parse(argv)
+    threads = args.threads or default_threads(cores(), 1)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or _random_model(Path(scratch))
+        contenders, absent = _contenders(folder, args)
+        try:
+            rows = [_measure(contenders, workload, args.rounds) for workload in args.workloads]
+        finally:
+            for contender in contenders:
+                contender.close()
+    report: dict[str, Any] = {
+        "model": str(args.model) if args.model else "33M random weights",
+        "threads": threads,
+        "rounds": args.rounds,
+        "machine": f"{platform.machine()}, {cores()} cores",
+        "torch": torch.__version__,
+        "absent": absent,
+        "workloads": rows,
+    }
+    _print_table(report)
+    if args.plot is not None:
+        _plot(report, args.plot)
+    _say(json.dumps(report))
+    return 0
+
+
+def _random_model(scratch: Path) -> Path:
+    from worker.engine.contenders import write_random_model
+
+    write_random_model(scratch / "model")
+    return scratch / "model"
+
+
+def _contenders(folder: Path, args: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]:
+    """Those that run here, ours first, and why the others don't."""
+    from worker.engine import contenders as c
+    from worker.engine.assemble import EngineOptions
+
+    slots = max(w.batch for w in args.workloads)
+    context = max(w.prompt[1] + w.answer[1] for w in args.workloads)
+    options = EngineOptions(model_dir=folder, device="cpu", slots=slots, max_model_len=context + 1)
+    ready: list[Contender] = [c.LlorchEngine(options)]
+    absent: dict[str, str] = {}
+    for name in args.against:
+        try:
+            match name:
+                case "generate":
+                    ready.append(c.PaddedGenerate(c.reference_model(folder)))
+                case "transformers-cb":
+                    model = c.reference_model(folder)
+                    ready.append(c.TransformersContinuousBatching(model, context_tokens=context, slots=slots))
+                case _:
+                    ready.append(c.Vllm(folder, context_tokens=context, slots=slots))
+        except Exception as error:  # another engine may fail in any way; the comparison goes on without it
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return ready, absent
+
+
+def _measure(contenders: list[Contender], workload: Workload, rounds: int) -> dict[str, Any]:
+    ours = contenders[0]
+    vocab_size: int = ours.ready.vocab_size  # type: ignore[attr-defined] (the first is LlorchEngine)
+    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    for round_number in range(rounds + 1):
+        jobs = workload.jobs(vocab_size, seed=round_number)
+        for contender in contenders:
+            run = contender.run(jobs)
+            if round_number:  # the first round warms up
+                runs[contender.name].append(run)
+    mine = runs[ours.name]
+    return {
+        "name": workload.name,
+        "tokens_per_second": {name: round(median(r.tokens / r.seconds for r in rs), 1) for name, rs in runs.items()},
+        "ratio_to": {
+            name: round(median(theirs.seconds / own.seconds for own, theirs in zip(mine, rs, strict=True)), 3)
+            for name, rs in runs.items()
+            if name != ours.name
+        },
+        "first_token_ms": _median_ms([t for r in mine for t in r.first_token_s]),
+        "between_tokens_ms": _median_ms([t for r in mine for t in r.between_tokens_s]),
+    }
+
+
+def _median_ms(seconds: list[float]) -> float:
+    return round(1000 * median(seconds), 2) if seconds else 0.0
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    names = list(report["workloads"][0]["tokens_per_second"])
+    _say(f"{report['model']}, {report['threads']} threads, {report['machine']}, torch {report['torch']}")
+    _say(f"tokens/s, medians of {report['rounds']} rounds; x: paired ratio, above 1 this engine is faster")
+    head = "".join(f"{name:>24}" for name in names)
+    _say(f"{'workload':<16}{head}{'first token':>14}{'between':>10}")
+    for row in report["workloads"]:
+        cells = ""
+        for name in names:
+            ratio = row["ratio_to"].get(name)
+            cells += f"{row['tokens_per_second'][name]:>{24 if ratio is None else 15}}"
+            cells += "" if ratio is None else f"{f'({ratio:.2f}x)':>9}"
+        _say(f"{row['name']:<16}{cells}{row['first_token_ms']:>11} ms{row['between_tokens_ms']:>7} ms")
+    for name, reason in report["absent"].items():
+        _say(f"not measured: {name} ({reason})")
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report["workloads"]
+    names = list(rows[0]["tokens_per_second"])
+    figure, axes = plt.subplots(figsize=(9, 4))
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        places = [place + index * width for place in range(len(rows))]
+        axes.bar(places, [row["tokens_per_second"][name] for row in rows], width, label=name)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(rows))], [row["name"] for row in rows])
+    axes.set_ylabel("tokens per second")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
