@@ -1,0 +1,74 @@
+"""Loopback machines with real sshd, shared by a module; an operator; an orchestrator with real workers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from tests.support.fleet import Orchestrator, orchestrator
+from tests.support.hub import Hub
+from tests.support.sshd import Machine, Operator, free_port, missing_tools, operator
+from tests.unit.llorch_pool.conftest import write_model
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def ground(missing_service: Callable[[str], NoReturn]) -> Iterator[Path]:
+    """A short folder: control sockets and Redis' socket must fit into 107 bytes."""
+    if reason := missing_tools():
+        missing_service(reason)
+    folder = Path(tempfile.mkdtemp(prefix="ll", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def op(ground: Path) -> Iterator[Operator]:
+    with operator(ground / "op") as found:
+        yield found
+
+
+NewMachine = Callable[..., Machine]
+
+
+@pytest.fixture(scope="module")
+def new_machine(ground: Path, op: Operator) -> Iterator[NewMachine]:
+    """Makes loopback machines; ends them and whatever they run."""
+    made: list[Machine] = []
+
+    def make(name: str, **options: object) -> Machine:
+        machine = Machine(ground / name, "127.0.0.1", free_port(), op.key, **options)  # type: ignore[arg-type]
+        made.append(machine)
+        return machine.start()
+
+    yield make
+    for machine in made:
+        machine.stop()
+        machine.kill_everything()
+
+
+@pytest.fixture(scope="module")
+def machine(new_machine: NewMachine, op: Operator) -> Machine:
+    """One machine, known as pool `one`."""
+    made = new_machine("m1")
+    op.add("one", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def house(ground: Path) -> Iterator[Orchestrator]:
+    with orchestrator(ground / "o") as running:
+        yield running
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    write_model(tmp_path / "hub" / "acme" / "tiny")
+    with Hub(tmp_path / "hub") as server:
+        yield server
