@@ -137,8 +137,10 @@ class Generations:
     def start(self, job: Job, started: WorkerStartedEvent, correlation_id: str = "") -> Generation:
         """Accept a job; the caller holds a reserved slot. One that is complete already ends without any computing.
 
-        Raises Refused (409) as `check_startable` does.
+        An attempt that is here already stays as it is. Raises Refused (409) as `check_startable` does.
         """
+        if (existing := self.find(job.task_id, job.attempt)) is not None:
+            return existing
         self.check_startable(job.task_id, job.attempt)
         lower = self._current.get(job.task_id)
         if lower is not None:

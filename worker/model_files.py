@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,12 +99,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def digest(folder: Path) -> ModelDigest:
+def digest(folder: Path, cancelled: Callable[[], bool] = lambda: False) -> ModelDigest:
     """What the folder holds, as one hash: two workers with equal digests run the same weights and tokenizer.
 
     A digest that llorch-pool recorded in model.json is taken. Otherwise config, tokenizer and all weights are hashed
     whole up to 2 GiB; above that each weight file counts with its size, its header and 16 samples of 1 MiB spread over
-    it. Reads from disk: call it off the event loop. Raises ModelFilesError for an unreadable file.
+    it. Reads from disk: call it off the event loop. Raises ModelFilesError for an unreadable file, or once `cancelled`.
     """
     recorded = read_json(folder / "model.json").get("digest")
     if isinstance(recorded, str) and 0 < len(recorded) <= 256:
@@ -113,7 +114,7 @@ def digest(folder: Path) -> ModelDigest:
         sampled = sum(path.stat().st_size for path in weights) > FULL_HASH_BYTES
         whole = hashlib.sha256(b"llorch model v1\0")
         for path in [*(folder / name for name in DIGEST_FILES if (folder / name).is_file()), *weights]:
-            part = _sampled_hash(path) if sampled and path in weights else _full_hash(path)
+            part = _sampled_hash(path) if sampled and path in weights else _full_hash(path, cancelled)
             whole.update(b"%b\0%b" % (path.name.encode(), part))
     except OSError as error:
         raise ModelFilesError(f"can't read {error.filename}: {error.strerror}") from error
@@ -131,10 +132,12 @@ def _find(reference: str) -> Path | None:
     return None
 
 
-def _full_hash(path: Path) -> bytes:
+def _full_hash(path: Path, cancelled: Callable[[], bool]) -> bytes:
     total = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
+            if cancelled():
+                raise ModelFilesError("reading the model's files was stopped")
             total.update(chunk)
     return total.digest()
 

@@ -123,22 +123,19 @@ def test_a_gap_in_the_engines_tokens_fails_that_generation_only() -> None:
 
 def test_fencing_passes_the_slot_on() -> None:
     bench = Bench(slots=1)
-    lower = bench.start("t", 1)
+    lower = bench.start("t", 2)
     with pytest.raises(Refused) as refusal:
         bench.start("other")
     assert (refusal.value.status, refusal.value.code) == (503, "OVERLOADED")
-    higher = bench.start("t", 2)
+    higher = bench.start("t", 3)
     assert isinstance(lower.terminal, PreemptedEvent)
-    assert bench.engine.cancelled == ["t.1"]
+    assert bench.engine.cancelled == ["t.2"]
     assert bench.generations.slots_used == 1
-    with pytest.raises(Refused) as refusal:
-        bench.start("t", 1)
-    assert refusal.value.status in (409, 503)
-    bench.generations.cancel("t", 2, "cancel")
+    assert bench.start("t", 3) is higher, "the same attempt twice is one generation"
     with pytest.raises(Refused) as refusal:
         bench.start("t", 1)
     assert refusal.value.status == 409
-    assert higher.terminal is not None
+    assert higher.terminal is None
 
 
 def test_cancelled_or_acknowledged_attempts_never_start() -> None:
