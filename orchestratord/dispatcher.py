@@ -30,8 +30,9 @@ MAX_PLANS = 8
 """Plans a round and model: more wait for the next round, so that one busy model doesn't hold up the others."""
 PER_QUEUE = 16
 PENDING_S = 2.0
+MAX_FRUITLESS = 3
 MIN_PAUSE_S = 0.01
-"""After a round without a claim: a flood of admissions into full workers must not become a busy loop."""
+"""After some rounds without a claim: a flood of admissions into full workers must not become a busy loop."""
 MAX_REMEMBERED = 10_000
 
 
@@ -43,13 +44,19 @@ class Dispatcher:
         self._policy = policy
         self._woken = asyncio.Event()
         self._closing = False
+        self._look_around = True
+        self._named: dict[str, None] = {}
         self._pending: dict[tuple[str, int], float] = {}
         self._idle_preemptions: dict[str, tuple[int, int]] = {}
         """task → (preemptions in a row without a token between them, tokens then)"""
         self._log = structlog.get_logger("orchestratord.dispatcher")
 
-    def wake(self) -> None:
-        """Something may be placeable now."""
+    def wake(self, model: str | None = None) -> None:
+        """Something may be placeable now, in this model or in any."""
+        if model is None:
+            self._look_around = True
+        else:
+            self._named[model] = None
         self._woken.set()
 
     def close(self) -> None:
@@ -59,28 +66,33 @@ class Dispatcher:
 
     async def run(self) -> None:
         """A round whenever woken, and at least every `dispatch_s`, until `close`."""
+        fruitless = 0
         while not self._closing:
             try:
                 async with asyncio.timeout(self._house.settings.dispatch_s):
                     await self._woken.wait()
             except TimeoutError:
-                pass
+                self._look_around, fruitless = True, 0
             self._woken.clear()
             try:
-                claimed = await self.round()
+                fruitless = 0 if await self.round() else fruitless + 1
             except StoreUnavailableError:
                 self._house.observations.count("store_errors", "dispatch")
-                claimed = 0
-            if not claimed:
+                self._look_around = True
+                fruitless += 1
+            if fruitless > MAX_FRUITLESS:
                 await asyncio.sleep(MIN_PAUSE_S)
 
     async def round(self) -> int:
-        """Serve every model once. Returns the number of tasks claimed. Raises StoreUnavailableError."""
+        """Serve the models named, or every one that waits. Returns the tasks claimed. Raises StoreUnavailableError."""
         if self._closing or not self._house.replicas.holds_lease():
             return 0  # what a replica without a lease claims would be adopted at once
-        claimed = 0
-        for model in await self._house.store.waiting_models():
-            claimed += await self.serve(model)
+        named, self._named = self._named, {}
+        claimed = sum([await self.serve(model) for model in named])
+        if self._look_around:
+            self._look_around = False
+            for model in await self._house.store.waiting_models():
+                claimed += await self.serve(model)
         return claimed
 
     async def serve(self, model: str) -> int:
@@ -105,7 +117,7 @@ class Dispatcher:
                 await asyncio.sleep(random.uniform(0, 0.005) * (tries + 1))
             elif len(claimed) == len(snapshot.waiting) < PER_QUEUE:
                 return total  # no queue was longer than what was seen of it
-        self.wake()
+        self.wake(model)
         return total
 
     async def _plan(self, snapshot: Snapshot) -> Plan:

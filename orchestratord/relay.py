@@ -156,7 +156,7 @@ class Relay:
                 self._committed(tokens)
             if last is not None:
                 return last
-            if self._prompt_tokens:
+            if self._prompt_tokens and tokens:  # not before the first of them: they come first
                 await self._count_prompt()
         return Broken("the worker closed the stream")
 

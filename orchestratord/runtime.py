@@ -252,7 +252,7 @@ class Orchestrator:
     async def _submitted(self, admitted: Admitted, now_ms: int) -> Submitted:
         forecast = None
         if admitted.created:
-            self._dispatcher.wake()
+            self._dispatcher.wake(admitted.model)
         if admitted.status == "queued":
             forecast = await self._forecast(admitted.model, admitted.queue_position)
         if forecast is not None and admitted.created:

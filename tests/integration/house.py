@@ -20,6 +20,7 @@ from llorch_wire.errors import LlorchError
 from llorch_wire.events import EndEvent, ErrorEvent, MigratedEvent, QueuedEvent, StartedEvent, TokenEvent
 from llorch_wire.tasks import TaskRequest
 from llorch_wire.worker import Heartbeat, WorkerRegistration
+from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator, RuntimeSettings, StreamItem, Tenant
 from orchestratord.store.store import Store
 from tests.support.scripted_worker import ScriptedWorker, expected
@@ -161,9 +162,7 @@ class Town:
 
     async def close(self) -> None:
         """Stop everything; the store must be in order."""
-        for pump in self.pumps:
-            pump.cancel()
-        await asyncio.gather(*self.pumps, return_exceptions=True)
+        await end_tasks(self.pumps)
         for replica in self.replicas:
             if replica.alive:
                 await replica.orchestrator.stop(2.0)
