@@ -38,6 +38,7 @@ from worker.refusals import FieldError, Refused, invalid, invalid_body, refused
 from worker.validation import parse_execute
 
 SEND_TIMEOUT_S = 30.0
+NO_PING_S = 24 * 3600  # generations send their own comments; 0 doesn't switch pings off in every release
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
 
@@ -120,7 +121,7 @@ class WorkerApi:
             message = f"`after`: {after} is ahead of this generation, which has {generation.next_index} tokens"
             raise refused(ErrorCode.CONFLICT, message, field="after")
         reader = self._service.generations.read(generation, after)
-        return EventStream(reader.chunks(), headers=HEADERS, ping=0, send_timeout=SEND_TIMEOUT_S)
+        return EventStream(reader.chunks(), headers=HEADERS, ping=NO_PING_S, send_timeout=SEND_TIMEOUT_S)
 
     async def cancel(self, request: Request) -> Response:
         """Stop an attempt."""

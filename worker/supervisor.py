@@ -227,8 +227,9 @@ class Supervisor:
         assert process.stdout is not None
         rest = b""
         while chunk := await process.stdout.read(65536):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
+            with contextlib.suppress(OSError):  # our own log may have gone
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
             *lines, rest = (rest + chunk).split(b"\n")
             rest = rest[-KEPT_LINE_BYTES:]
             self._last_words.extend(line[-KEPT_LINE_BYTES:].decode(errors="replace") for line in lines)
