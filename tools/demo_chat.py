@@ -159,7 +159,9 @@ def topic_and_story(rng: random.Random, *, short: bool = False) -> tuple[str, St
     def thing() -> str:
         return made_up_word(rng) if rng.random() < 0.12 else _thing_noun(rng)
 
-    shape = rng.choices(("hero", "hero+thing", "hero+other", "named", "thing", "place", "plot", "person"), (26, 26, 14, 8, 8, 6, 7, 5))[0]
+    shape = rng.choices(
+        ("hero", "hero+thing", "hero+other", "named", "thing", "place", "plot", "person"), (26, 26, 14, 8, 8, 6, 7, 5)
+    )[0]
     hero = kind()
     if shape == "hero":
         return article(hero), _told(rng, short, hero=hero)
@@ -197,7 +199,12 @@ def _question(rng: random.Random, story: Story) -> tuple[Turn, Turn] | None:
         choices.append((f"Who was {hero.name}?", f"{hero.name} was {article(f'{hero.adjective} {hero.kind}')}."))
     if thing.noun in story.text:
         choices.append(("What thing was in the story?", f"There was {article(thing.noun)} in the story."))
-    choices.append(("Who was the story about?", f"It was about {hero.introduction().replace('a ' + hero.adjective, article(hero.adjective), 1)}."))
+    choices.append(
+        (
+            "Who was the story about?",
+            f"It was about {hero.introduction().replace('a ' + hero.adjective, article(hero.adjective), 1)}.",
+        )
+    )
     question, answer = rng.choice(choices)
     return ("user", question), ("assistant", answer)
 

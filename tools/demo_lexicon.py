@@ -46,7 +46,9 @@ ANIMALS = (
     "beaver crow pony donkey goose swan wolf deer mole snail sparrow robin hen rooster cow pig kitten puppy monkey tiger "
     "giraffe panda koala seal bat lamb parrot raccoon camel zebra hippo bee ladybug butterfly cricket spider"
 ).split()
-MEN = "boy farmer baker sailor king prince knight wizard fisherman shepherd tailor miller grandfather blacksmith".split()
+MEN = (
+    "boy farmer baker sailor king prince knight wizard fisherman shepherd tailor miller grandfather blacksmith".split()
+)
 WOMEN = "girl queen princess witch gardener grandmother painter dancer inventor singer doctor captain teacher".split()
 CREATURES = "dragon giant fairy unicorn ghost troll elf snowman dwarf monster".split()
 MACHINES = "robot train tractor cloud star scarecrow".split()
@@ -95,7 +97,10 @@ TRAITS: dict[str, tuple[str, ...]] = {
     "proud": ("{He} liked to be first in everything.", "{Hero} told everyone how wonderful {he} was."),
     "patient": ("{Hero} never hurried and never gave up.", "{He} could wait a whole day for a fish."),
     "careless": ("{He} lost something nearly every day.", "{Hero} never looked where {he} was going."),
-    "brave": ("{Hero} was always the first to cross a new bridge.", "{He} had once chased away a thunderstorm, or so {he} said."),
+    "brave": (
+        "{Hero} was always the first to cross a new bridge.",
+        "{He} had once chased away a thunderstorm, or so {he} said.",
+    ),
 }
 OTHER_ADJECTIVES = "old wise kind friendly tall tiny busy cheerful gentle merry quiet clever young round polite".split()
 
@@ -144,7 +149,9 @@ PLAIN_USES = (
     ("polish it until it shone", "polished it until it shone"),
     ("hold it up to the light", "held it up to the light"),
 )
-THING_ADJECTIVES = "red blue green yellow golden silver wooden old new little shiny purple striped round tiny painted".split()
+THING_ADJECTIVES = (
+    "red blue green yellow golden silver wooden old new little shiny purple striped round tiny painted".split()
+)
 
 LANDS = (
     Land(
@@ -167,7 +174,12 @@ LANDS = (
     ),
     Land(
         "the sea",
-        ("in a small village by the sea", "on an island in the sea", "in a white house near the harbour", "beside an old lighthouse"),
+        (
+            "in a small village by the sea",
+            "on an island in the sea",
+            "in a white house near the harbour",
+            "beside an old lighthouse",
+        ),
         (
             "among the rocks",
             "on the long beach",
@@ -192,7 +204,11 @@ LANDS = (
     ),
     Land(
         "the town",
-        ("in a busy town with crooked streets", "in a tall house in the middle of town", "above a bakery in a little town"),
+        (
+            "in a busy town with crooked streets",
+            "in a tall house in the middle of town",
+            "above a bakery in a little town",
+        ),
         (
             "in the market square",
             "behind the bakery",
@@ -272,4 +288,25 @@ SYLLABLES = (
     "ba be bo bi da do du fa fi fo ga go gu ka ki ko la le lo lu ma mi mo mu na ne no pa pi po ra ri ro sa se so ta ti "
     "to tu va vo wa wi za zo zu blo gri sno tra plo"
 ).split()
-WORD_ENDINGS = ("", "", "b", "k", "l", "m", "n", "p", "r", "t", "x", "nk", "rf", "st", "ble", "ton", "kin", "let", "phant", "saur")
+WORD_ENDINGS = (
+    "",
+    "",
+    "b",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "t",
+    "x",
+    "nk",
+    "rf",
+    "st",
+    "ble",
+    "ton",
+    "kin",
+    "let",
+    "phant",
+    "saur",
+)

@@ -32,7 +32,7 @@ MEET: Beat = (
 FRIENDS_ENDING: Beat = (
     "From that day on, {hero} and {other} were the best of friends.",
     "After that, {other} came to visit every [week|Sunday|evening], and {hero} always had [tea|soup|warm bread|pancakes] ready.",
-    'And whenever [it rained|the wind blew|the stars came out], the two friends remembered that [day|adventure] and laughed.',
+    "And whenever [it rained|the wind blew|the stars came out], the two friends remembered that [day|adventure] and laughed.",
     "They walked home together under the [first stars|pink sky|round moon], and neither of them felt alone any more.",
 )
 
@@ -102,7 +102,7 @@ PLOTS = (
             ),
             (
                 "So every [morning|evening] they met {spot3}. {Hero} made mistakes, but each day {he} made one fewer.",
-                "So they began. It was hard, and {hero} often wanted to give up, but {other} always said, \"Once more.\"",
+                'So they began. It was hard, and {hero} often wanted to give up, but {other} always said, "Once more."',
                 "They practised in the sun and they practised in the rain.",
             ),
             (
@@ -118,7 +118,7 @@ PLOTS = (
         ),
         (
             "{Hero} kept the {obj} beside {his} bed, to remember that every hard thing begins with a small step.",
-            "After that, whenever someone said, \"I can't,\" {hero} smiled and answered, \"Not yet.\"",
+            'After that, whenever someone said, "I can\'t," {hero} smiled and answered, "Not yet."',
             "Now {hero} teaches everyone who wants to learn, and {he} is very patient.",
             *FRIENDS_ENDING[:2],
         ),
@@ -157,7 +157,7 @@ PLOTS = (
             ),
             (
                 "And who came to help? It was {other}, with [a pot of hot soup|a warm light and a loaf of bread|a rope and a brave heart].",
-                "Then there was a knock, and a voice said, \"Here I am.\" It was {other}. {Ohe} had not forgotten.",
+                'Then there was a knock, and a voice said, "Here I am." It was {other}. {Ohe} had not forgotten.',
                 "It was {other} who found {him}, and {ohe} did not leave until everything was well again.",
             ),
         ),
@@ -268,7 +268,7 @@ PLOTS = (
                 '"What can I do?" thought {hero}. "I am the most frightened of all."',
             ),
             (
-                "{He} took {his} {obj} and went out all the same. With every step {he} said to {himself}, \"One more. Just one more.\"",
+                '{He} took {his} {obj} and went out all the same. With every step {he} said to {himself}, "One more. Just one more."',
                 "{His} knees shook. But {he} took a deep breath, picked up the {obj} and went.",
             ),
             (
@@ -380,7 +380,7 @@ PLOTS = (
                 "Each held one end and would not let go. Then both slipped, and the {obj} fell into the mud.",
             ),
             (
-                'They both went home angry. For three days they did not speak a word.',
+                "They both went home angry. For three days they did not speak a word.",
                 '"Now look what you have done!" they both shouted, and each went a different way.',
             ),
             (
@@ -389,7 +389,7 @@ PLOTS = (
             ),
             (
                 'In the morning {he} knocked on the door of {other}. "I am sorry," {he} said. "A friend is worth more than a {obj}." "I am sorry too," said {other}.',
-                "{He} went {spot2}, and there sat {other}, looking just as sad. \"I am sorry,\" they both said at the same time, and then they had to laugh.",
+                '{He} went {spot2}, and there sat {other}, looking just as sad. "I am sorry," they both said at the same time, and then they had to laugh.',
             ),
             (
                 "Together they mended it with glue and string. Then they {used}, first one and then the other.",
@@ -407,7 +407,7 @@ PLOTS = (
         (
             (
                 "Every [spring|summer|autumn] there was a great race from the hill to the river. The prize was {a_obj}.",
-                "One {day}, a sign was put up: \"Great race tomorrow! The winner gets {a_obj}!\"",
+                'One {day}, a sign was put up: "Great race tomorrow! The winner gets {a_obj}!"',
             ),
             (
                 "{Hero} wanted to win. {He} ran up and down every day until {his} legs hurt.",
@@ -426,7 +426,7 @@ PLOTS = (
                 "Then {hero} heard a cry behind {him}. {Other} had hurt {ohis} foot and could not go on.",
             ),
             (
-                "{He} stopped. Then {he} turned around and helped {other} up. \"Lean on me,\" {he} said.",
+                '{He} stopped. Then {he} turned around and helped {other} up. "Lean on me," {he} said.',
                 "{Hero} thought of the {obj}. But {he} could not run on, so {he} went back.",
             ),
             (
@@ -484,7 +484,7 @@ PLOTS = (
         (
             (
                 "One {day}, {hero} took {his} {obj} to the market. There {he} met {a_other} with a single seed.",
-                "One {day}, {a_other} came to the door with a tiny seed. \"I will give you this for your {obj},\" said {other}.",
+                'One {day}, {a_other} came to the door with a tiny seed. "I will give you this for your {obj}," said {other}.',
             ),
             (
                 '"It is a magic seed," said {other}. {Hero} believed {ohim} and gave {ohim} the {obj}.',
@@ -546,7 +546,7 @@ PLOTS = (
             ),
             (
                 "In the morning the sky was clear. Together they went {spot1} and began to build a new house.",
-                "When the sun came up, there was a rainbow. {Other} put the {obj} on the table. \"This is for you,\" {ohe} said, \"for opening the door.\"",
+                'When the sun came up, there was a rainbow. {Other} put the {obj} on the table. "This is for you," {ohe} said, "for opening the door."',
             ),
         ),
         (
@@ -572,7 +572,7 @@ PLOTS = (
                 '"I wish that it would never be night!" said {hero}. The sun stayed in the sky, and nobody could sleep.',
             ),
             (
-                "Along came {a_other}. {Ohe} looked at {him} and shook {ohis} head. \"Are you happy now?\" asked {other}.",
+                'Along came {a_other}. {Ohe} looked at {him} and shook {ohis} head. "Are you happy now?" asked {other}.',
                 'Then {a_other} came by. "What a mess," said {other}. "What do you really want?"',
             ),
             (
@@ -605,7 +605,7 @@ PLOTS = (
                 "{He} jumped as high as {he} could. {He} even stood on top of {his} {obj}. It was no use.",
             ),
             (
-                "{A_other} had been watching {him}. \"What are you doing?\" asked {other}.",
+                '{A_other} had been watching {him}. "What are you doing?" asked {other}.',
                 '"Be careful up there!" called {a_other}. "What are you looking for?"',
             ),
             (
@@ -660,7 +660,10 @@ SHORT_PLOTS = (
     ),
     Plot(
         "sleep",
-        (("One night, {he} could not sleep.",), ("So {he} went {spot1} and looked at the stars, and there was {a_other}.",)),
+        (
+            ("One night, {he} could not sleep.",),
+            ("So {he} went {spot1} and looked at the stars, and there was {a_other}.",),
+        ),
         ("They counted the stars together, and at a hundred {hero} was fast asleep.",),
     ),
 )

@@ -143,7 +143,9 @@ def make_cast(
     lead = make_character(rng, hero or make_kind(rng), list(TRAITS))
     if hero_name:
         lead = Character(lead.kind, lead.adjective, hero_name, lead.pronouns)
-    second_kind = other or rng.choice([kind for kind in (make_kind(rng) for _ in range(4)) if kind != lead.kind] or ["fox"])
+    second_kind = other or rng.choice(
+        [kind for kind in (make_kind(rng) for _ in range(4)) if kind != lead.kind] or ["fox"]
+    )
     second = make_character(rng, second_kind, OTHER_ADJECTIVES, unlike=lead)
     the_plot = next(p for p in PLOTS if p.topic == plot) if plot else rng.choice(PLOTS)
     if the_plot.topic == "courage" and lead.adjective == "brave":
