@@ -194,5 +194,5 @@ class Transcript:
                     pass
                 if self.terminal is None:
                     self.reconnections += 1
-                    await asyncio.sleep(0.1)
+                    await asyncio.sleep(0.3)
         return self
