@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,8 @@ def up(
     ] = None,
     slots: Annotated[int | None, typer.Option("--slots", min=1, help="Generations at a time in each worker.")] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads of each worker [cores / workers].")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="CPU threads of each worker [(cores - 1) / workers]."),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N, cpu or mps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say what happens as JSON, one event a line.")] = False,
@@ -60,7 +62,7 @@ def up(
         redis_url=settings.get("redis_url", redis_url).value,
         ready_file=None if ready_file is None else checked_ready_file(ready_file),
         slots=slots,
-        threads=threads or threads_per_worker(usable_cores(), workers),
+        threads=threads or asked_threads(os.environ) or threads_per_worker(usable_cores(), workers),
         device=device,
         advertised_host=outward_address() if is_wildcard(host.strip()) else None,
     )
@@ -112,6 +114,12 @@ def checked_ready_file(path: Path) -> Path:
     if path.is_dir():
         raise UsageProblem(f"--ready-file {path} is a folder", next_step=f"llorch up --ready-file {path}/ready.json")
     return path
+
+
+def asked_threads(environ: Mapping[str, str]) -> int | None:
+    """What OMP_NUM_THREADS says, if it is a number."""
+    text = environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isascii() and text.isdigit() and 0 < int(text) <= 1024 else None
 
 
 def usable_cores() -> int:

@@ -24,7 +24,9 @@ def test_deaths_of_more_than_a_minute_ago_are_forgiven() -> None:
     assert restart_delay_s([0, 30, 60], 60) == 0
 
 
-@pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 2, 4), (7, 2, 3), (2, 4, 1), (1, 1, 1), (64, 1, 64)])
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads"), [(9, 2, 4), (8, 2, 3), (2, 4, 1), (2, 1, 1), (1, 1, 1), (64, 1, 63)]
+)
 def test_cores_are_divided(cores: int, workers: int, threads: int) -> None:
     assert threads_per_worker(cores, workers) == threads
 
