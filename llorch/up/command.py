@@ -39,7 +39,7 @@ def up(
     slots: Annotated[int | None, typer.Option("--slots", min=1, help="Generations at a time in each worker.")] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, max=1024, help="CPU threads of each worker [(cores - 1) / workers]."),
+        typer.Option("--threads", min=1, max=1024, help="CPU threads of each worker [cores - 1, divided]."),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N, cpu or mps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say what happens as JSON, one event a line.")] = False,

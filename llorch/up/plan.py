@@ -95,8 +95,8 @@ def restart_delay_s(deaths: Sequence[float], now: float) -> float:
 def threads_per_worker(cores: int, workers: int) -> int:
     """All cores but one divided among workers, at least one each.
 
-    The spare one is for Redis, orchestratord and the workers' HTTP sides. A compute thread that has to share its core
-    holds up all the others at every barrier: on a busy two-core machine two threads were up to 30 times slower than one.
+    The spare one is for Redis, orchestratord and the workers' HTTP sides: a compute thread that has to share its core
+    holds up all the others at every barrier.
     """
     return max(1, (cores - 1) // max(1, workers))
 
