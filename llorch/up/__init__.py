@@ -6,5 +6,7 @@
     logs.py      children's output, bounded                report.py   what is said
     stop.py      signals, and the order of the end         ports.py, processes.py   which are free, which are whose
 
+    model.py     which model folder is meant
+
 Read `stack.Stack.run` first.
 """

@@ -21,7 +21,7 @@ MAX_WORKERS = 256
 def up(
     workers: Annotated[int, typer.Option("--workers", min=1, max=MAX_WORKERS, help="How many workers.")] = 1,
     model: Annotated[
-        str, typer.Option("--model", help="`demo`, a model folder, or the name of a downloaded model.")
+        str, typer.Option("--model", help="demo, a folder, hf:org/name[@revision], or a downloaded model's name.")
     ] = "demo",
     host: Annotated[
         str, typer.Option("--host", help="Address to bind; one that others reach makes a key if none is set.")
@@ -48,6 +48,7 @@ def up(
 
     What dies is started again at the same address. The same data folder goes on where it stopped.
     """
+    from llorch.up.model import resolve
     from llorch.up.plan import UpOptions, is_wildcard, threads_per_worker
     from llorch.up.ports import outward_address
 
@@ -56,7 +57,7 @@ def up(
     options = UpOptions(
         data_dir=Path(folder).expanduser().absolute() if folder else data_home(os.environ) / "up",
         workers=workers,
-        model=checked_model(model),
+        model=resolve(model, os.environ),
         host=host.strip(),
         port=port,
         redis_url=settings.get("redis_url", redis_url).value,
@@ -88,22 +89,6 @@ def run(options: UpOptions, set_keys: dict[str, str | None], *, as_json: bool) -
             return await Stack(options, data, keys, key_file, report).run()
 
         return asyncio.run(main())
-
-
-def checked_model(model: str) -> str:
-    """`demo`, the absolute path of a model folder, or a plain name. Raises UsageProblem for a path without a model."""
-    if not model:
-        raise UsageProblem("--model is empty", next_step="llorch up --model demo")
-    if "://" in model:
-        raise UsageProblem(f"--model {model!r} is not a folder or a name", next_step="llorch up --model demo")
-    path = Path(model.removeprefix("file:")).expanduser()
-    is_path = model.startswith(("file:", "~", ".")) or os.sep in model or path.is_dir()
-    if model == "demo" or not is_path:
-        return model
-    if not (path / "config.json").is_file():
-        what = "has no config.json" if path.is_dir() else "is not there"
-        raise UsageProblem(f"the model folder {path} {what}", next_step="llorch up --model demo")
-    return str(path.absolute())
 
 
 def checked_ready_file(path: Path) -> Path:

@@ -77,7 +77,7 @@ class Part:
         self.begun = time.monotonic()
         with self.log.open_for_child() as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *self._plan.argv],
+                tied(self._plan.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -133,6 +133,11 @@ async def _until_exit(process: subprocess.Popen[bytes]) -> None:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
+
+
+def tied(argv: Sequence[str]) -> list[str]:
+    """A command line that becomes `argv` and is killed when this process ends."""
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *argv]
 
 
 def child_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:

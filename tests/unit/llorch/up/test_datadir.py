@@ -11,7 +11,7 @@ import pytest
 
 from llorch.errors import CliError, UsageProblem
 from llorch.up import datadir
-from llorch.up.command import checked_model, checked_ready_file
+from llorch.up.command import checked_ready_file
 from llorch.up.datadir import DataDir, keys_for
 from llorch.up.ports import choose_port, port_is_free
 from llorch.up.processes import is_alive, kill_if, start_time
@@ -114,24 +114,6 @@ def test_ports(tmp_path: Path) -> None:
         port_is_free("192.0.2.1", port)
     with pytest.raises(UsageProblem, match="is not an address or a known name"):
         port_is_free("no such host", port)
-
-
-def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "m"
-    folder.mkdir()
-    for model, message in (
-        ("m", "has no config.json"),
-        ("./x", "is not there"),
-        ("", "empty"),
-        ("http://x", "not a folder"),
-    ):
-        with pytest.raises(UsageProblem, match=message):
-            checked_model(model)
-    (folder / "config.json").write_text("{}")
-    assert checked_model("m") == checked_model("./m") == checked_model(f"file:{folder}") == str(folder)
-    assert checked_model("demo") == "demo"
-    assert checked_model("smollm2-135m") == "smollm2-135m"
 
 
 def test_ready_file_paths(tmp_path: Path) -> None:
