@@ -27,7 +27,7 @@ from llorch_wire.pool import CleanupReport, Progress, StopOutcome, Stray, Worker
 
 HEALTH_TIMEOUT_S = 1.5
 TERM_WAIT_S = 5.0
-YIELD_S = 2.0
+YIELD_S = 5.0
 
 
 def inspect(record: WorkerRecord, registry: Registry) -> WorkerInfo:

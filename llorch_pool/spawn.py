@@ -37,6 +37,7 @@ from llorch_wire.pool import DeviceInfo, ModelInfo, Progress, WorkerInfo, Worker
 
 DRAIN_TIMEOUT_S = 120
 POLL_S = 0.1
+REGISTER_S = 30.0
 _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comma, as orchestratord and workers want it
 
 
@@ -365,13 +366,15 @@ def _await_registered(
     key = registry.secrets(record.worker_id).get("LLORCH_WORKER_KEY")
     url = f"{record.orchestrator}/v2/workers/{record.worker_id}"
     problem = "it has not answered yet"
-    patience = time.monotonic() + 30
+    patience = time.monotonic() + REGISTER_S
     while True:
         try:
             reply = call("GET", url, key=key)
             if reply.status == 200 and reply.body.get("state", reply.body.get("status")) == "ready":
                 return
             problem = _orchestrator_says(reply.status, reply.message)
+            if reply.status in (401, 403):
+                patience = 0.0  # waiting changes nothing
         except NoReplyError as error:
             problem = f"it can't be reached from here: {error}"
         context.progress(Progress(phase="registering", text=f"{record.worker_id}: {record.orchestrator}: {problem}"))

@@ -319,7 +319,7 @@ def _pip_wheel(folder: Path) -> Path:
 def write_archive(
     target: Path, own: Sequence[Path], wheels: Sequence[Path], uv: Path | None, found: Plan, options: Options
 ) -> None:
-    """Write what goes over: the archive's size in bytes on a line, then the archive. `own`: llorch's and pip's wheel."""
+    """Write what goes over: the archive's size in bytes on a line, then the archive. `own`: llorch's, pip's."""
     mark = hashlib.sha256(own[0].read_bytes())
     mark.update(json.dumps([options.extras, options.system_packages, found.torch_build, found.python]).encode())
     args = {

@@ -39,8 +39,8 @@ STOP_COLUMNS = (
 CLEANUP_COLUMNS = (
     Column("POOL", "pool"),
     Column("ENTRIES", "entries", lambda names: ",".join(names)),  # pyright: ignore[reportUnknownLambdaType]
-    Column("STRAYS", "strays", lambda found: ",".join(str(s["pid"]) for s in found)),  # pyright: ignore
-    Column("FILES", "files", len, right=True),  # pyright: ignore[reportArgumentType]
+    Column("STRAYS", "strays", lambda found: ",".join(str(s["pid"]) for s in found)),  # pyright: ignore[reportUnknownLambdaType]
+    Column("FILES", "files", lambda names: str(len(names)), right=True),  # pyright: ignore[reportUnknownLambdaType]
 )
 WorkerIds = Annotated[list[str], typer.Argument(metavar="WORKER...", help="Worker ids, as `llorch worker list` shows.")]
 Grace = Annotated[float, typer.Option("--grace", min=0, max=3600, help="Seconds to finish what runs; 0: at once.")]
