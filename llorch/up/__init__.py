@@ -5,7 +5,6 @@
     datadir.py   lock, keys, ports, what ran before        readiness.py  when does a part take work
     logs.py      children's output, bounded                report.py   what is said
     stop.py      signals, and the order of the end         ports.py, processes.py   which are free, which are whose
-
     model.py     which model folder is meant
 
 Read `stack.Stack.run` first.

@@ -9,7 +9,7 @@ Downloading is llorch-pool's: it is run as a child, with its progress on this te
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +74,8 @@ def _downloaded(model: str, environ: Mapping[str, str], command: Sequence[str]) 
 
 def _failed(model: str, status: int) -> CliError:
     error = CliError(
-        f"the model {clean(model)} could not be brought here", next_step=f"llorch-pool model download {model}"
+        f"the model {clean(model)} could not be brought here",
+        next_step=f"llorch-pool model download {shlex.quote(clean(model))}",
     )
     if status in set(ExitCode):
         error.exit_code = ExitCode(status)
@@ -84,4 +85,4 @@ def _failed(model: str, status: int) -> CliError:
 def models_home(environ: Mapping[str, str]) -> Path:
     """Where downloaded models are: `$LLORCH_MODELS`, or `llorch/models` in the data home."""
     configured = environ.get("LLORCH_MODELS")
-    return Path(os.path.expanduser(configured)) if configured else data_home(environ) / "models"
+    return Path(configured).expanduser() if configured else data_home(environ) / "models"
