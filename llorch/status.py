@@ -141,7 +141,7 @@ def alerts(snapshot: Mapping[str, Any]) -> list[Alert]:
     for worker in snapshot["workers"]:
         name, state = worker.get("worker_id"), worker.get("state")
         if state in ("lost", "failed"):
-            found.append(Alert("critical", f"worker {name} is {state}", f"llorch worker logs {name}"))
+            found.append(Alert("critical", f"worker {name} is {state}", "llorch doctor"))
         elif state == "draining":
             found.append(Alert("warning", f"worker {name} takes no new tasks", f"llorch worker undrain {name}"))
     return sorted(found, key=lambda alert: alert.level != "critical")

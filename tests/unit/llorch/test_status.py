@@ -93,7 +93,7 @@ def test_the_screen() -> None:
     assert "cpu     local        1  8.0 GiB of 16.0 GiB" in text
     assert "w1        ready  demo   local  2/8     12.3" in text
     assert "demo   batch     t             7   1.5 s" in text
-    assert "CRITICAL worker w\\x1b[2J is lost    next: llorch worker logs w\\x1b[2J" in text
+    assert "CRITICAL worker w\\x1b[2J is lost    next: llorch doctor" in text
     assert "\x1b" not in text
     assert lines[-1] == "12:00:00 lost w: no heartbeat"
 
