@@ -65,7 +65,7 @@ def parse_url(url: str) -> Target:
         if parts.scheme in ("redis", "rediss"):
             if not parts.hostname:
                 raise ValueError("it names no host")
-            shown = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+            shown = f"{parts.scheme}://{parts.hostname}:{_port(parts) or 6379}{parts.path}"
             return Target(kind="single", url=url, shown=shown)
         if parts.scheme == "unix":
             if not parts.path:
@@ -111,8 +111,15 @@ def _nodes(parts: SplitResult, default_port: int) -> tuple[str | None, str | Non
         one = urlsplit(f"//{item}")
         if not one.hostname:
             raise ValueError("a host is empty")
-        nodes.append((one.hostname, one.port or default_port))
+        nodes.append((one.hostname, _port(one) or default_port))
     return unquote(user) or None, (unquote(password) if separator else None) or None, tuple(nodes)
+
+
+def _port(parts: SplitResult) -> int | None:
+    try:
+        return parts.port
+    except ValueError:  # its message quotes what stands there, which may be a password
+        raise ValueError("a port is not a number below 65536") from None
 
 
 def make_client(target: Target, timeout_s: float) -> Any:

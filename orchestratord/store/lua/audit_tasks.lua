@@ -2,7 +2,7 @@
 -- KEYS   1 anchor
 -- ARGV   1 repair (1|0)  2… task ids
 -- Returns invariant, key, detail, repaired 1|0, … of each finding. A task that doesn't exist (any more) has none.
--- Repair makes places and indexes say what the task's hash says. A missing seal is written; other logs are left alone.
+-- Repair makes places and indexes say what the task's hash says. Logs are left alone: clients have read them.
 --@include tasks
 
 local repair = ARGV[1] == '1'
@@ -46,6 +46,11 @@ local function check_waiting(task)
   if queued and redis.call('SISMEMBER', key('queues', task.model), tail) == 0 then
     found('registry', key('queues', task.model), 'queue ' .. tail .. ' is missing', function()
       redis.call('SADD', key('queues', task.model), tail)
+    end)
+  end
+  if queued and tonumber(redis.call('HGET', key('waiting'), task.model) or '0') ~= waiting_in(task.model) then
+    found('depth', key('waiting'), 'of ' .. task.model .. ' is not ' .. waiting_in(task.model), function()
+      count_waiting(task.model)
     end)
   end
   if is_live(task) and redis.call('SISMEMBER', key('active', task.model), task.tenant) == 0 then
@@ -105,11 +110,8 @@ local function check_log(task)
   local last = redis.call('XREVRANGE', name, '+', '-', 'COUNT', 1)[1]
   local wanted = last_position(task)
   if not last or last[1] ~= wanted then
-    local kind = task['end'] and 'end' or 'error'
-    local sealable = not is_live(task) and task[kind] and last
-      and string.sub(last[1], -#TERMINAL - 1) ~= '-' .. TERMINAL
     found('log-end', name, 'ends at ' .. (last and last[1] or 'nothing') .. ' instead of ' .. wanted .. ' ('
-      .. task.state .. ')', sealable and function() redis.call('XADD', name, wanted, kind, task[kind]) end)
+      .. task.state .. ')')
   elseif not is_live(task) and last[2][2] ~= task[last[2][1]] then
     found('log-end', name, 'its last event is not the task\'s')
   end
@@ -123,7 +125,6 @@ for i = 2, #ARGV do
     check_ended(task)
     check_indexes(task)
     check_log(task)
-    if repair then count_waiting(task.model) end
   end
 end
 return findings
