@@ -19,6 +19,7 @@ from typing import Any
 MAX_BYTES = 10 * 2**20
 KEPT_FILES = 3
 READ_BYTES = 256 * 2**10
+TAIL_BYTES = 16 * 2**10
 SHOWN_LEVELS = frozenset({"warning", "error", "critical"})
 SHOWN_CHARS = 400
 REPEAT_AFTER_S = 30.0
@@ -33,11 +34,13 @@ class LogFile:
         self._max_bytes = max_bytes
         self._read_to = path.stat().st_size if path.exists() else 0
         self._rest = b""
+        self._child_from = 0
 
     @contextmanager
     def open_for_child(self) -> Generator[int]:
         """A descriptor for a child's stdout and stderr."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._child_from = os.fstat(descriptor).st_size
         try:
             yield descriptor
         finally:
@@ -62,11 +65,11 @@ class LogFile:
         return [line.decode("utf-8", "replace") for line in lines]
 
     def tail(self, count: int = 12) -> list[str]:
-        """The last lines, for people."""
+        """The last lines of the child that was started last, for people."""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 16 * 2**10))
+                file.seek(max(min(self._child_from, size), size - TAIL_BYTES))
                 lines = file.read().decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return []
@@ -86,7 +89,7 @@ class LogFile:
         shutil.copyfile(self.path, self._numbered(1))
         self._numbered(1).chmod(0o600)
         os.truncate(self.path, 0)
-        self._read_to, self._rest = 0, b""
+        self._read_to, self._rest, self._child_from = 0, b"", 0
         return True
 
     def _numbered(self, number: int) -> Path:

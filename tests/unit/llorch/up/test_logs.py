@@ -45,6 +45,8 @@ def test_the_tail_is_readable(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "a.log")
     write(log, "\n".join(["x"] * 20 + [json.dumps({"level": "error", "event": "boom", "code": 3})]) + "\n")
     assert log.tail(2) == ["x", "boom code=3"]
+    write(log, "of the next child\n")
+    assert log.tail() == ["of the next child"]
 
 
 def test_warnings_are_shown_once_in_a_while() -> None:
