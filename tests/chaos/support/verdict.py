@@ -1,0 +1,185 @@
+"""What a ledger says: lost, doubled, reordered, hung, another text than the reference. Pure. Read `judge`.
+
+Only the ledger's file counts, not what the clients remember.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llorch_wire.events import parse_position
+from tests.support.scripted_worker import expected
+
+Reference = tuple[list[tuple[int, str]], str]
+"""(token id, text) of every token of an undisturbed run, and its stop reason."""
+
+
+def scripted_reference(body: dict[str, Any]) -> Reference:
+    """What the scripted workers must yield for a request."""
+    tokens, reason = expected(body["seed"], body["max_tokens"], ignore_eos=body.get("ignore_eos", False))
+    return [(token.id, token.t) for token in tokens], reason
+
+
+@dataclass
+class Transcript:
+    """Everything that one client got of one task."""
+
+    task_id: str
+    body: dict[str, Any]
+    acked: bool = False
+    left: bool = False
+    over: bool = False
+    cancelled: bool = False
+    """A replica said that it is cancelled: it can't end otherwise any more."""
+    asked_to_cancel: bool = False
+    gone: list[str] = field(default_factory=list)
+    tokens: list[tuple[int, str]] = field(default_factory=list)
+    last: tuple[int, int] = (0, 0)
+    terminal: tuple[str, dict[str, Any]] | None = None
+    migrations: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+    def found(self, kind: str, detail: str) -> None:
+        self.faults.append((kind, f"{self.task_id}: {detail}"))
+
+    def restart(self, why: str) -> None:
+        """The task, or the end of its log, was rolled back: the client began again."""
+        self.gone.append(why)
+        self.tokens, self.last, self.terminal, self.cancelled = [], (0, 0), None, False
+
+    def take(self, name: str, position: str | None, data: dict[str, Any]) -> None:
+        """The next event."""
+        if self.terminal is not None:
+            self.found("doubled", f"`{name}` after the terminal event")
+        if position is not None:
+            at = parse_position(position)
+            if at <= self.last:
+                self.found("reordered", f"id {position} after {self.last[0]}-{self.last[1]}")
+            self.last = at
+        if name == "token":
+            self._take_token(position, data)
+        elif name == "migrated":
+            self.migrations.append(data["reason"])
+            if data["tokens_kept"] != len(self.tokens):
+                self.found("lost", f"`migrated` keeps {data['tokens_kept']} tokens of {len(self.tokens)}")
+        elif name in ("end", "error"):
+            self.terminal = (name, data)
+
+    def _take_token(self, position: str | None, data: dict[str, Any]) -> None:
+        index, due = data["i"], len(self.tokens)
+        if position is None or parse_position(position)[1] != index + 1:
+            self.found("reordered", f"token {index} has the id {position}")
+        if index < due:
+            self.found("doubled", f"token {index} came again")
+        elif index > due:
+            self.found("lost", f"token {index} came where {due} was due")
+        else:
+            self.tokens.append((data["id"], data["t"]))
+
+
+def transcripts(entries: Iterable[dict[str, Any]]) -> dict[str, Transcript]:
+    """The ledger by task."""
+    found: dict[str, Transcript] = {}
+    for entry in entries:
+        kind, task_id = entry["k"], entry["task"]
+        if kind == "intent":
+            found[task_id] = Transcript(task_id, entry["body"])
+            continue
+        one = found[task_id]
+        match kind:
+            case "ack":
+                one.acked = True
+            case "ev":
+                for name, position, data in entry["e"]:
+                    one.take(name, position, json.loads(data))
+            case "gone":
+                one.restart(entry["why"])
+            case "cancel":
+                one.asked_to_cancel = True
+                one.cancelled = one.cancelled or entry["status"] == "cancelled"
+            case "left":
+                one.left = True
+            case "over":
+                one.over = True
+    return found
+
+
+@dataclass
+class Verdict:
+    """The sums. Everything but the first group must be empty."""
+
+    acknowledged: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+    migrations: dict[str, int] = field(default_factory=dict)
+    rolled_back: list[str] = field(default_factory=list)
+
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    reordered: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    BROKEN = ("lost", "doubled", "reordered", "hung", "mismatched")
+
+    @property
+    def clean(self) -> bool:
+        return not any(getattr(self, name) for name in self.BROKEN)
+
+
+def judge(entries: Iterable[dict[str, Any]], references: dict[str, Reference], *, may_roll_back: bool) -> Verdict:
+    """The verdict on a ledger. `references` has the undisturbed answers of bodies that aren't for scripted workers,
+    by `reference_key`."""
+    verdict = Verdict()
+    for one in transcripts(entries).values():
+        if not one.acked:
+            continue
+        verdict.acknowledged += 1
+        verdict.tokens += len(one.tokens)
+        for reason in one.migrations:
+            verdict.migrations[reason] = verdict.migrations.get(reason, 0) + 1
+        for kind, detail in one.faults:
+            getattr(verdict, kind).append(detail)
+        if one.gone:
+            (verdict.rolled_back if may_roll_back else verdict.lost).append(f"{one.task_id}: {', '.join(one.gone)}")
+        _judge_end(verdict, one, references)
+    return verdict
+
+
+def _judge_end(verdict: Verdict, one: Transcript, references: dict[str, Reference]) -> None:
+    key = reference_key(one.body)
+    tokens, reason = references[key] if key in references else scripted_reference(one.body)
+    if one.tokens != tokens[: len(one.tokens)]:
+        verdict.mismatched.append(f"{one.task_id}: another text than the undisturbed run's")
+    if one.terminal is None:
+        if one.left and one.over:
+            verdict.cancelled += 1
+        else:
+            verdict.hung.append(f"{one.task_id}: no end after {len(one.tokens)} of {len(tokens)} tokens")
+        return
+    name, data = one.terminal
+    if name == "end" and data["stop_reason"] == "CANCELLED":
+        verdict.cancelled += 1
+        if not one.asked_to_cancel and one.body.get("on_disconnect") != "cancel":
+            verdict.mismatched.append(f"{one.task_id}: CANCELLED, and nobody cancelled it")
+        return
+    verdict.completed += 1
+    if one.cancelled:
+        verdict.mismatched.append(f"{one.task_id}: it was cancelled and ended with {name}")
+    if name == "error":
+        verdict.mismatched.append(f"{one.task_id}: error {data['code']}: {data['message'][:200]}")
+    elif (data["stop_reason"], data["tokens_out"], len(one.tokens)) != (reason, len(tokens), len(tokens)):
+        verdict.mismatched.append(
+            f"{one.task_id}: {data['stop_reason']} with {data['tokens_out']} tokens told and {len(one.tokens)} given, "
+            f"where {reason} with {len(tokens)} was due"
+        )
+
+
+def reference_key(body: dict[str, Any]) -> str:
+    """Names a request by what decides its answer."""
+    parts = {name: value for name, value in body.items() if name not in ("task_id", "session_id", "priority")}
+    return json.dumps(parts, sort_keys=True)
