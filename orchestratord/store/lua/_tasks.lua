@@ -139,6 +139,14 @@ local function publish_task(task)
   hint('log:' .. task.task_id)
 end
 
+-- A stream's newest block is allocated at its full 4 KiB, whatever it holds; a copy takes what its entries need. Done to
+-- logs that nothing is appended to for a while: those of tasks that wait and of tasks that have ended.
+local function compact_log(task)
+  local name, copy = key('log', task.task_id), key('none')
+  redis.call('COPY', name, copy)
+  redis.call('RENAME', copy, name)
+end
+
 local TERMINAL = '18446744073709551615'
 
 -- The one terminal transition. The task has left its queue, its slot and its retry place before.
@@ -147,6 +155,7 @@ local function finish(task, now, state, kind, data, call)
   redis.call('DEL', key('payload', task.task_id))
   redis.call('ZREM', key('deadlines'), task.task_id)
   redis.call('XADD', key('log', task.task_id), task.attempt .. '-' .. TERMINAL, kind, data)
+  compact_log(task)
   set_state(task, state, { finished_at_ms = integer(now), [kind] = data, last_call = call })
   redis.call('ZADD', key('done'), integer(now), task.task_id)
   if task.callback_url then redis.call('ZADD', key('webhooks'), integer(now), task.task_id) end

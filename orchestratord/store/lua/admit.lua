@@ -112,4 +112,5 @@ enqueue(task, now)
 local place = position(task)
 redis.call('XADD', key('log', task.task_id), '0-1', 'queued',
   '{"task_id":' .. cjson.encode(task.task_id) .. ',"queue_position":' .. place .. '}')
+compact_log(task)
 return { 'admitted', task.task_id, 1, task.seed, integer(now), place, 'queued', task.model }
