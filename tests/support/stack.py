@@ -151,6 +151,8 @@ async def read_events(
     headers = {} if after is None else {"Last-Event-ID": after}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=30)
     async with session.get(f"{url}/v2/tasks/{task_id}/events", headers=headers, timeout=timeout) as reply:
+        if reply.status == 503:  # Redis is just being restarted: a client waits and comes back
+            raise aiohttp.ClientConnectionError(await reply.text())
         assert reply.status == 200, await reply.text()
         parser = SseParser()
         async for chunk in reply.content.iter_any():
