@@ -90,8 +90,10 @@ class HintReader:
         try:
             async with asyncio.timeout(CONFIRM_S):
                 await getattr(pubsub, command)(hint_channel(name))
-        except (exceptions.RedisError, OSError, TimeoutError):
-            return  # the listener meets the same failure and reconnects
+        except (exceptions.RedisError, OSError, TimeoutError, AttributeError):
+            # The listener meets the same failure and reconnects. redis-py raises AttributeError where the listener has
+            # just dropped the connection under this very command.
+            return
 
     def _give(self, name: str) -> None:
         if name in self._names:

@@ -91,6 +91,19 @@ async def test_a_killed_connection_goes_unnoticed(real_store: Store, server: Red
     assert real_store.healthy_for_s() < 5
 
 
+async def test_a_subscription_under_which_the_connection_goes_isnt_an_error(real_store: Store) -> None:
+    """redis-py's pub/sub raised AttributeError when its reader dropped the connection in the middle of a SUBSCRIBE."""
+    async with real_store.hints() as hints:
+        await hints.subscribe("queue")
+
+        async def dropped(*_: object) -> None:
+            raise AttributeError("'NoneType' object has no attribute 'writelines'")
+
+        hints._pubsub.subscribe = dropped
+        await hints.subscribe("fleet")  # returns after a while; the next connection makes it
+        await hints.unsubscribe("fleet")
+
+
 async def test_nothing_acknowledged_is_lost_by_sigkill() -> None:
     with redis_server(durable=True) as server:
         async with connected(server.url) as store:
