@@ -333,7 +333,10 @@ class ScriptedWorker:
 
     async def _stream(self, request: web.Request, generation: Generation, position: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": MEDIA_TYPE})
-        await response.prepare(request)
+        try:
+            await response.prepare(request)
+        except ConnectionError:  # it left while this process was stopped
+            return response
         started = WorkerStartedEvent(
             task_id=generation.request.task_id,
             attempt=generation.request.attempt,

@@ -17,8 +17,10 @@ from typing import Any
 import aiohttp
 import orjson
 
+from llorch_wire.events import decode_task_event, encode_data
 from llorch_wire.sse import SseParser
 from orchestratord.store.errors import StoreUnavailableError
+from orchestratord.store.types import LogEntry
 from tests.chaos.support import ledger as ledgers
 from tests.chaos.support.clients import TROUBLE, Clients, Load
 from tests.chaos.support.faults import Fault, Scene
@@ -225,7 +227,7 @@ async def _compare_logs(town: Town, found: Mapping[str, Transcript]) -> list[str
                     if token.i == len(tokens):  # two owners of one attempt may both have written a piece
                         tokens.append((token.id, token.t))
                 if entry.kind in ("end", "error"):
-                    terminals.append(orjson.loads(entry.data))
+                    terminals.append(_rendered(entry))
             after = entries[-1].position
         if tokens != one.tokens:
             differing.append(f"{one.task_id}: the log has {len(tokens)} tokens, the client {len(one.tokens)}")
@@ -234,6 +236,13 @@ async def _compare_logs(town: Town, found: Mapping[str, Transcript]) -> list[str
         elif not town.redis.may_roll_back and terminals[0] != one.terminal[1]:
             differing.append(f"{one.task_id}: the log ends with {terminals[0]}, the client got {one.terminal[1]}")
     return differing
+
+
+def _rendered(entry: LogEntry) -> dict[str, Any]:
+    """A terminal event as a client gets it."""
+    event = decode_task_event(entry.kind, entry.data)
+    assert event is not None
+    return orjson.loads(encode_data(event))
 
 
 # ---- references

@@ -206,15 +206,16 @@ class Town:
             if not part.log_file.exists():
                 continue
             for line in part.log_file.read_text(errors="replace").splitlines():
-                if _is_complaint(line):
+                if _is_complaint(line, errors=part in self.replicas):
                     found.append(f"{part.name}: {line[:600]}")
         return found
 
 
-def _is_complaint(line: str) -> bool:
+def _is_complaint(line: str, *, errors: bool) -> bool:
+    """`errors`: nothing that befalls it is an error to this program. To the worker, the death of its engine is one."""
     if line.startswith("{"):
         with contextlib.suppress(ValueError):
-            return json.loads(line).get("level") in ("error", "critical")
+            return errors and json.loads(line).get("level") in ("error", "critical")
     return "Traceback" in line or "AssertionError" in line or "never awaited" in line
 
 
