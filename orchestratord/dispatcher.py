@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from typing import TYPE_CHECKING
 
 import structlog
 
-from orchestratord.planner import Plan, PlanMemory, PlanPolicy, plan
+from orchestratord.planner import Plan, PlanMemory, PlanPolicy, interactive_running, plan
 from orchestratord.relay import Start
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.types import Claimed, RunningTask, Snapshot
@@ -30,9 +31,12 @@ MAX_PLANS = 8
 """Plans a round and model: more wait for the next round, so that one busy model doesn't hold up the others."""
 PER_QUEUE = 16
 PENDING_S = 2.0
+HEAR_S = (0.005, 0.015)
+"""Replicas that all planned at each hint would take turns in finding their plans out of date."""
 MAX_FRUITLESS = 3
 MIN_PAUSE_S = 0.01
 """After some rounds without a claim: a flood of admissions into full workers must not become a busy loop."""
+FORGET_S = 10.0
 MAX_REMEMBERED = 10_000
 
 
@@ -44,11 +48,14 @@ class Dispatcher:
         self._policy = policy
         self._woken = asyncio.Event()
         self._closing = False
+        self._heard = False
         self._look_around = True
         self._named: dict[str, None] = {}
         self._pending: dict[tuple[str, int], float] = {}
         self._idle_preemptions: dict[str, tuple[int, int]] = {}
         """task → (preemptions in a row without a token between them, tokens then)"""
+        self._interactive: dict[str, tuple[float, float]] = {}
+        """model → (level, when)"""
         self._log = structlog.get_logger("orchestratord.dispatcher")
 
     def wake(self, model: str | None = None) -> None:
@@ -58,6 +65,16 @@ class Dispatcher:
         else:
             self._named[model] = None
         self._woken.set()
+
+    def hear(self) -> None:
+        """Some replica changed a queue. It serves it itself; this one looks a moment later, for what is left."""
+        if not self._heard:
+            self._heard = True
+            asyncio.get_running_loop().call_later(random.uniform(*HEAR_S), self._look)
+
+    def _look(self) -> None:
+        self._heard = False
+        self.wake()
 
     def close(self) -> None:
         """No new claims; `run` returns once the present one is answered."""
@@ -128,6 +145,7 @@ class Dispatcher:
             mean_tokens_out=rates.tokens_out if rates and rates.samples else None,
             pending=self._pending.keys(),
             idle_preemptions=self._idle_of(snapshot),
+            interactive_lately=self._lately(snapshot, now),
         )
         return plan(snapshot, self._policy, memory)
 
@@ -155,6 +173,15 @@ class Dispatcher:
             task.worker_url, task.task_id, task.attempt, "preempt", task.correlation_id
         )
         self._log.info("asked to yield", task_id=task.task_id, worker_id=task.worker_id, confirmed=asked)
+
+    def _lately(self, snapshot: Snapshot, now: float) -> float:
+        """The number of interactive attempts, falling off over seconds from its latest peak."""
+        level, then = self._interactive.get(snapshot.model, (0.0, now))
+        level = max(float(interactive_running(snapshot)), level * math.exp((then - now) / FORGET_S))
+        if len(self._interactive) >= MAX_REMEMBERED:
+            self._interactive.clear()
+        self._interactive[snapshot.model] = (level, now)
+        return level
 
     def _idle_of(self, snapshot: Snapshot) -> dict[str, int]:
         """Preemptions in a row of running tasks that have generated nothing since."""

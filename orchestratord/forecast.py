@@ -20,6 +20,11 @@ DISPATCH_P50_MS = 20.0
 DISPATCH_P90_MS = 500.0
 """Without a queue a start takes one dispatch; a lost wake-up costs one dispatch interval."""
 _Z90 = 1.2816
+_EXPONENTIAL_90 = 2.303
+TIGHT = 8
+FEW_SAMPLES = 5
+EFFECTIVE_SAMPLES = 19
+"""What a mean that gives a tenth of its weight to the latest sample is worth."""
 MIN_SAMPLES = 1
 
 
@@ -36,14 +41,24 @@ def predict(ahead: int, *, slots_total: int, slots_free: int, rates: ServiceRate
     if slots_total <= 0:
         return None
     departures = ahead - slots_free + 1
+    measured = rates is not None and rates.samples >= MIN_SAMPLES
     if departures <= 0:
-        return Forecast(DISPATCH_P50_MS, DISPATCH_P90_MS)
-    if rates is None or rates.samples < MIN_SAMPLES:
+        spare = slots_free - ahead
+        if rates is None or not measured or spare > max(1, slots_total // TIGHT):
+            return Forecast(DISPATCH_P50_MS, DISPATCH_P90_MS)
+        # The last free slots may be gone by the time the task is looked at: then it waits for one departure.
+        one_ms = min(rates.service_ms, rates.service_ms / slots_total * _EXPONENTIAL_90)
+        return Forecast(DISPATCH_P50_MS, DISPATCH_P90_MS + one_ms)
+    if rates is None or not measured:
         return None
     rounds = math.ceil(departures / slots_total)
-    spread = math.sqrt(max(rates.service_ms_variance, 0.0))
+    variance = max(rates.service_ms_variance, 0.0)
     p50 = departures * rates.service_ms / slots_total
-    p90 = rounds * rates.service_ms + _Z90 * math.sqrt(rounds) * spread
+    # The mean itself is known from few samples only, and its error grows with the queue.
+    seen = min(rates.samples, EFFECTIVE_SAMPLES)
+    relative = math.sqrt(variance) / max(rates.service_ms, 1.0) if rates.samples >= FEW_SAMPLES else 1.0
+    error = p50 * relative / math.sqrt(seen)
+    p90 = rounds * rates.service_ms + _Z90 * math.sqrt(rounds * variance + error**2)
     return Forecast(p50 + DISPATCH_P50_MS, max(p50, p90) + DISPATCH_P90_MS)
 
 

@@ -44,7 +44,7 @@ class House:
     replicas: Replicas = field(init=False)
     watch: Watch = field(init=False)
     spawn: Spawn = field(init=False)
-    wake_dispatcher: Callable[[], None] = field(init=False)
+    wake_dispatcher: Callable[[str | None], None] = field(init=False)
 
     migrations: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     """(worker_id, reason) of attempts sent back, not yet told to the fleet feed."""

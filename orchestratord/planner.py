@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class PlanPolicy:
     default_tokens_out: float = 256.0
     preempt: bool = True
     min_run_ms: int = 1_000
+    min_first_run_ms: int = 250
+    """A batch task that never yielded before may be asked sooner: it can't be going back and forth."""
     max_preemptions_per_plan: int = 8
     max_idle_preemptions: int = 3
     """How often in a row a task may be preempted without having generated a token in between."""
@@ -37,6 +40,8 @@ class PlanMemory:
     pending: Collection[tuple[str, int]] = ()
     """(task_id, attempt) asked to yield, whose slots are about to be free."""
     idle_preemptions: Mapping[str, int] = field(default_factory=dict[str, int])
+    interactive_lately: float = 0.0
+    """About how many interactive attempts ran side by side in the last seconds."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ def plan(snapshot: Snapshot, policy: PlanPolicy, memory: PlanMemory | None = Non
     tokens_out = memory.mean_tokens_out or policy.default_tokens_out
     assignments: list[Assignment] = []
     unplaced: list[QueuedTask] = []
+    spare = _headroom(snapshot, fleet, memory.interactive_lately)
     for task in order:
-        if fleet.slots_free == 0 and task.priority == "batch" and task.task_id not in aged:
+        if fleet.slots_free <= spare and task.priority == "batch" and task.task_id not in aged:
             break  # only batch comes after this, and it never makes others yield
         worker_id = None
         if fleet.slots_free:
@@ -71,6 +77,22 @@ def plan(snapshot: Snapshot, policy: PlanPolicy, memory: PlanMemory | None = Non
             unplaced.append(task)
     preemptions = _preemptions(unplaced, snapshot, fleet, policy, memory) if policy.preempt else ()
     return Plan(tuple(assignments), preemptions)
+
+
+def interactive_running(snapshot: Snapshot) -> int:
+    """Interactive attempts in flight."""
+    return sum(1 for task in snapshot.running if task.priority == "interactive")
+
+
+def _headroom(snapshot: Snapshot, fleet: Fleet, lately: float) -> int:
+    """Slots that batch leaves free while interactive work comes and goes, so that it needn't wait for one to yield.
+
+    About what its number varies by (square-root staffing: Halfin and Whitt, Operations Research 1981), and never more
+    than a quarter of the slots.
+    """
+    busy = max(lately, interactive_running(snapshot))
+    slots = sum(worker.slots_total for worker in fleet.ready.values())
+    return min(math.ceil(math.sqrt(busy) - 0.5), slots // 4)
 
 
 def _preemptions(
@@ -104,9 +126,10 @@ def _preemptions(
 def _may_yield(
     task: RunningTask, now_ms: int, pending: set[tuple[str, int]], policy: PlanPolicy, memory: PlanMemory
 ) -> bool:
+    least_ms = policy.min_first_run_ms if task.attempt == 1 else policy.min_run_ms
     return (
         task.priority == "batch"
         and (task.task_id, task.attempt) not in pending
-        and now_ms - task.claimed_at_ms >= policy.min_run_ms
+        and now_ms - task.claimed_at_ms >= least_ms
         and memory.idle_preemptions.get(task.task_id, 0) < policy.max_idle_preemptions
     )

@@ -96,7 +96,7 @@ class Recovery:
             house.observations.count("workers_lost", "lease")
             self._log.warning("worker lost", worker_id=worker_id, why="no heartbeat within its lease")
         if report.retried:
-            house.wake_dispatcher()
+            house.wake_dispatcher(None)
 
     def stop(self, task: RunningTask, reason: str) -> None:
         """End an attempt whose log is sealed: its relay here, its run at the worker, its readers' wait."""
@@ -109,7 +109,7 @@ class Recovery:
         stopped = await stop_attempt(self._house, task, "deadline" if reason == "deadline" else "cancel")
         if not stopped:
             self._log.warning("worker didn't confirm a stop", task_id=task.task_id, worker_id=task.worker_id)
-        self._house.wake_dispatcher()
+        self._house.wake_dispatcher(task.model)
 
     def move(self, task: RunningTask) -> None:
         """Let an attempt yield, to go on at another worker; its relay, here or elsewhere, sends it back."""

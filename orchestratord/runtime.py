@@ -131,7 +131,7 @@ class Orchestrator:
         house = self._house
         try:
             async with house.client, asyncio.TaskGroup() as self._group:
-                listening = Listening(house, on_queue=self._dispatcher.wake, on_fleet=self._fleet_news.set)
+                listening = Listening(house, on_queue=self._dispatcher.hear, on_fleet=self._fleet_news.set)
                 lease = self._loop(house.replicas.run, "lease")
                 self._loop(house.committer.run, "committer")
                 self._loop(listening.run, "hints")

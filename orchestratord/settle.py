@@ -93,6 +93,7 @@ class Settlement:
             case Disowned():
                 self._house.observations.count("attempts_ended", "handed_over")
         self._house.followers.kick(task.task_id)
+        self._house.wake_dispatcher(task.model)  # a slot is free, or this task waits
 
     async def _complete(self, relay: Relay, event: EndEvent | ErrorEvent) -> None:
         house, task = self._house, relay.task
@@ -105,6 +106,7 @@ class Settlement:
             lambda: house.store.complete(task.task_id, task.attempt, event), house.observations, "complete"
         )
         house.followers.kick(task.task_id)
+        house.wake_dispatcher(task.model)
         how = "stopped" if not ended else "completed" if isinstance(event, EndEvent) else "failed"
         house.observations.count("attempts_ended", how)
         self._forget(task.task_id)

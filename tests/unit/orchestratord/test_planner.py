@@ -48,7 +48,7 @@ def test_nobody_yields_when_it_would_not_help() -> None:
         (snapshot([queued("b", priority="batch")], [full()], [running("r")]), PlanMemory()),
         (snapshot([queued("i")], [worker("w1")], [running("r")]), PlanMemory()),
         (snapshot([queued("i")], [full()], [running("r", priority="interactive")]), PlanMemory()),
-        (snapshot([queued("i")], [full()], [running("r", claimed_at_ms=NOW - 200)]), PlanMemory()),
+        (snapshot([queued("i")], [full()], [running("r", claimed_at_ms=NOW - 900, attempt=2)]), PlanMemory()),
         (snapshot([queued("i")], [full()], [running("r")]), PlanMemory(pending={("r", 1)})),
         (snapshot([queued("i")], [full()], [running("r")]), PlanMemory(idle_preemptions={"r": 3})),
         (
@@ -83,6 +83,16 @@ def test_one_slot_a_batch_backlog_and_interactive_work_do_not_fight_over_it() ->
     waiting = [yielded, *backlog, queued("i", 100)]
     decided = plan(snapshot(waiting, [worker("w1", slots_total=1)]), POLICY)
     assert [a.task_id for a in decided.assignments] == ["i"]
+
+
+def test_batch_leaves_room_for_the_interactive_work_that_comes_and_goes() -> None:
+    waiting = [queued(f"b{n}", n, priority="batch") for n in range(8)]
+    busy = [running(f"i{n}", priority="interactive") for n in range(4)]
+    shared = snapshot(waiting, [worker("w1", slots_total=12, slots_used=4)], busy)
+    assert len(plan(shared, POLICY).assignments) == 6
+    assert len(plan(snapshot(waiting, [worker("w1", slots_total=8)]), POLICY).assignments) == 8
+    lone = snapshot(waiting, [worker("w1", slots_total=3, slots_used=1)], busy[:1])
+    assert len(plan(lone, POLICY).assignments) == 2, "too few slots to keep one back"
 
 
 PLACEMENTS = st.sampled_from(
@@ -149,7 +159,8 @@ def test_whatever_the_house_looks_like_a_plan_keeps_the_rules(view: Snapshot) ->
     for assignment in decided.assignments:
         left[assignment.worker_id] -= 1
     for task in view.waiting:
-        if task.task_id not in assigned and task.avoid_worker is None:
+        spared = task.priority == "batch" and any(each.priority == "interactive" for each in view.running)
+        if task.task_id not in assigned and task.avoid_worker is None and not spared:
             assert not any(free > 0 and suitable(task, workers[w]) for w, free in left.items()), "a slot was wasted"
     assert all(task.priority == "batch" for task in decided.preemptions)
     assert len(set(decided.preemptions)) == len(decided.preemptions) <= POLICY.max_preemptions_per_plan
