@@ -184,11 +184,11 @@ def plan(pool: Pool, probe: Probe, options: Options) -> Plan:
 
 
 def _python(probe: Probe, options: Options) -> tuple[str, str]:
-    """(version, path) of the Python to use; ("3.12", "") when uv has to bring one."""
+    """(full version, path) of the Python to use; ("3.12", "") when uv has to bring one."""
     usable = [
         (version, path)
         for version, path in probe.pythons
-        if OLDEST_PYTHON <= tuple(int(part) for part in version.split(".")) <= NEWEST_PYTHON
+        if OLDEST_PYTHON <= tuple(int(part) for part in version.split(".")[:2]) <= NEWEST_PYTHON
     ]
     if options.python:
         return next((item for item in usable if item[1] == options.python), ("3.12", options.python))

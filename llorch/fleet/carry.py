@@ -83,7 +83,7 @@ def download(
 ) -> list[Path]:
     """Dependency wheels for the pool's Python and platform, with this machine's pip. Raises CliError with pip's words.
 
-    `python_version` is like "3.12"; `platforms` are wheel tags from the newest on; `torch_index` "" takes torch from
+    `python_version` is like "3.12.4"; `platforms` are wheel tags from the newest on; `torch_index` "" takes torch from
     where everything else comes from.
     """
     requirement = f"{wheel}[{extras}]" if extras else str(wheel)
@@ -96,7 +96,64 @@ def download(
         _pip([*command, "--no-deps", "--index-url", torch_index, "torch"])
         command += ["--find-links", str(folder), "--extra-index-url", torch_index]
     _pip([*command, requirement])
+    _complete(command, wheel, folder, extras, python_version, next(iter(platforms)))
     return sorted(folder.glob("*.whl"))
+
+
+def _complete(command: list[str], wheel: Path, folder: Path, extras: str, python_version: str, platform: str) -> None:
+    """Add what the pool's Python needs and ours does not: pip judges markers by the Python that it runs on itself.
+
+    (async-timeout, say, is needed before Python 3.11.3 alone.)
+    """
+    for _ in range(5):
+        wanted = missing(wheel, folder, extras, python_version, platform.rpartition("_2_")[2].partition("_")[2])
+        if not wanted:
+            return
+        _pip([*command, *sorted(wanted)])
+
+
+def missing(wheel: Path, folder: Path, extras: str, python_version: str, machine: str) -> set[str]:
+    """Requirements of the wheels in `folder` that no wheel there fulfils, for a Linux machine with that Python."""
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+
+    environment = {
+        "python_version": ".".join(python_version.split(".")[:2]),
+        "python_full_version": python_version if python_version.count(".") > 1 else f"{python_version}.0",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "platform_machine": machine,
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
+    there: set[str] = set()
+    requirements: list[tuple[str, str]] = []
+    for path in (wheel, *folder.glob("*.whl")):
+        try:
+            there.add(parse_wheel_filename(path.name)[0])
+        except InvalidWheelFilename:
+            continue
+        requirements += [(line, extras if path == wheel else "") for line in _requires(path)]
+    found: set[str] = set()
+    for line, extra in requirements:
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            continue
+        needed = requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra})
+        if needed and canonicalize_name(requirement.name) not in there:
+            requirement.marker = None
+            found.add(str(requirement))
+    return found
+
+
+def _requires(wheel: Path) -> list[str]:
+    """The Requires-Dist lines of a wheel (core metadata specification)."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode("utf-8", "replace").partition("\n\n")[0]
+    return [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Requires-Dist:")]
 
 
 def _pip(command: list[str]) -> None:

@@ -18,7 +18,7 @@ say free_kib "$(df -Pk "$HOME" 2>/dev/null | awk 'NR==2 {print $4}')"
 say command "$(test -x "$data/llorch/pool/current/bin/llorch-pool" && echo "$data/llorch/pool/current/bin/llorch-pool")"
 for name in python3.13 python3.12 python3.11 python3 python; do
   found=$(command -v "$name" 2>/dev/null) || continue
-  version=$("$found" -c 'import sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || continue
+  version=$("$found" -c 'import sys, venv; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null </dev/null) || continue
   say python "$version $found"
 done
 say end 1
