@@ -18,6 +18,14 @@ from orchestratord.store.keys import hint_channel, hint_name
 CONFIRM_S = 1.0
 IDLE_S = 5.0
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+BROKEN = (
+    exceptions.RedisError,
+    exceptions.RedisClusterException,
+    OSError,
+    TimeoutError,
+    AttributeError,  # redis-py, where another task has just dropped the connection under a command
+    RuntimeError,  # uvloop, for a write to a transport that has just been closed
+)
 
 
 class HintReader:
@@ -90,10 +98,8 @@ class HintReader:
         try:
             async with asyncio.timeout(CONFIRM_S):
                 await getattr(pubsub, command)(hint_channel(name))
-        except (exceptions.RedisError, OSError, TimeoutError, AttributeError):
-            # The listener meets the same failure and reconnects. redis-py raises AttributeError where the listener has
-            # just dropped the connection under this very command.
-            return
+        except BROKEN:
+            return  # the listener meets the same failure and reconnects
 
     def _give(self, name: str) -> None:
         if name in self._names:
@@ -106,7 +112,7 @@ class HintReader:
             try:
                 async for _ in self._messages():
                     failures = 0
-            except (exceptions.RedisError, exceptions.RedisClusterException, OSError, TimeoutError):
+            except BROKEN:
                 for confirmed in self._confirmed.values():
                     confirmed.clear()
             await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])

@@ -91,13 +91,16 @@ async def test_a_killed_connection_goes_unnoticed(real_store: Store, server: Red
     assert real_store.healthy_for_s() < 5
 
 
-async def test_a_subscription_under_which_the_connection_goes_isnt_an_error(real_store: Store) -> None:
-    """redis-py's pub/sub raised AttributeError when its reader dropped the connection in the middle of a SUBSCRIBE."""
+@pytest.mark.parametrize("error", [AttributeError("'NoneType' has no attribute 'writelines'"), RuntimeError("closed")])
+async def test_a_subscription_under_which_the_connection_goes_isnt_an_error(
+    real_store: Store, error: Exception
+) -> None:
+    """redis-py (AttributeError) and uvloop (RuntimeError) raised when the reader dropped the connection just then."""
     async with real_store.hints() as hints:
         await hints.subscribe("queue")
 
         async def dropped(*_: object) -> None:
-            raise AttributeError("'NoneType' object has no attribute 'writelines'")
+            raise error
 
         hints._pubsub.subscribe = dropped
         await hints.subscribe("fleet")  # returns after a while; the next connection makes it
