@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -58,11 +59,21 @@ class Stack:
                 start_new_session=True,
                 env=environment,
             )
+        try:
+            self._await_ready(self.process)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
+            self.process = None
+            raise
+
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_DEADLINE_S
         # The file of an earlier start is removed first thing, so what is read here was written by this one.
         while not (parts := self.parts()) or not alive(parts["orchestratord"]["pid"]):
-            if self.process.poll() is not None:
-                raise AssertionError(f"llorch up ended with {self.process.returncode}:\n{self.tail()}")
+            if process.poll() is not None:
+                raise AssertionError(f"llorch up ended with {process.returncode}:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"llorch up wasn't ready within {START_DEADLINE_S} s:\n{self.tail()}")
             time.sleep(0.05)
