@@ -14,7 +14,17 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llorch_wire.errors import ApiError, ErrorCode
-from llorch_wire.events import MetricsEvent, QueuedEvent, StartedEvent, TokenEvent, parse_position
+from llorch_wire.events import (
+    TERMINAL_SEQUENCE,
+    EndEvent,
+    ErrorEvent,
+    MetricsEvent,
+    QueuedEvent,
+    StartedEvent,
+    TokenEvent,
+    parse_position,
+    terminal_position,
+)
 from orchestratord.cursor import Cursor, open_cursor
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.values import StreamItem
@@ -134,6 +144,18 @@ class Followers:
         if items:
             follower.push_tokens(items, self._now())
 
+    def feed_end(self, task_id: str, attempt: int, event: EndEvent | ErrorEvent, tokens: int) -> None:
+        """The terminal event as it stands in the log now, after `tokens` tokens in all."""
+        follower = self._followers.get(task_id)
+        if follower is None:
+            return
+        cursor = follower.cursor
+        if cursor.position[0] != attempt or cursor.next_index != tokens or cursor.finished:
+            self.kick(task_id)
+            return
+        cursor.position = (attempt, TERMINAL_SEQUENCE)
+        follower.push([StreamItem(event, terminal_position(attempt))], self._now())
+
     def kick(self, task_id: str) -> None:
         """The task's log has something new: look."""
         if task_id in self._followers:
@@ -180,12 +202,11 @@ class Followers:
     async def _open(self, task_id: str, tenant: str | None, after: str | None) -> tuple[Cursor, str, bool]:
         """The reader's cursor, the log's present last position, and whether it is sealed."""
         store = self._house.store
-        record = await store.task(task_id, tenant)
+        record, bounds = await asyncio.gather(store.task(task_id, tenant), store.log_bounds(task_id))
         if record is None:
             raise ApiError(
                 ErrorCode.NOT_FOUND, "there is no such task: check its id, or it was retired", param="task_id"
             )
-        bounds = await store.log_bounds(task_id)
         if bounds is None:
             raise ApiError(ErrorCode.GONE, "this task's events are kept no longer", param="task_id")
         first, last, sealed = bounds

@@ -105,7 +105,8 @@ class Settlement:
         ended = await until_stored(
             lambda: house.store.complete(task.task_id, task.attempt, event), house.observations, "complete"
         )
-        house.followers.kick(task.task_id)
+        if ended:
+            house.followers.feed_end(task.task_id, task.attempt, event, relay.next_index)
         house.wake_dispatcher(task.model)
         how = "stopped" if not ended else "completed" if isinstance(event, EndEvent) else "failed"
         house.observations.count("attempts_ended", how)

@@ -1,0 +1,215 @@
+"""Tasks, as `api/` deals with them: submit, look, list, cancel, follow. Read `TaskSurface.submit` first."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import AsyncGenerator
+
+from llorch_wire.errors import ApiError, ErrorCode
+from llorch_wire.tasks import TaskRequest, TaskStatus
+from orchestratord.admission import AdmissionPolicy, Drawn, admit, refusal
+from orchestratord.forecast import Forecast
+from orchestratord.settings import Tenant
+from orchestratord.store.errors import StoreUnavailableError
+from orchestratord.store.types import Admitted, Refused
+from orchestratord.surface import STORE_RETRY_MS, Surface, store_unavailable
+from orchestratord.values import StreamItem, Submitted, TaskView
+
+PAGE = 1_000
+
+
+class TaskSurface(Surface):
+    """What clients do. Every method raises ApiError, with the code to answer."""
+
+    async def submit(
+        self,
+        request: TaskRequest,
+        *,
+        tenant: Tenant,
+        idempotency_key: str | None = None,
+        correlation_id: str,
+        salt: str = "",
+    ) -> Submitted:
+        """Admit a task. It is in Redis when this returns. Raises ApiError with the code to answer.
+
+        `salt` parts the workers' prefix caches further than the tenant does.
+        """
+        try:
+            submitted = await self._submit(request, tenant, idempotency_key, correlation_id, salt)
+        except ApiError as error:
+            self.observations.count("admissions", error.code.lower())
+            raise
+        self.observations.count("admissions", "admitted" if submitted.created else "repeated")
+        return submitted
+
+    async def _submit(
+        self, request: TaskRequest, tenant: Tenant, idempotency_key: str | None, correlation_id: str, salt: str
+    ) -> Submitted:
+        if self._state == "draining":
+            raise ApiError(
+                ErrorCode.DRAINING, "this orchestrator is stopping: send it again, to another one", retry_after_ms=1_000
+            )
+        known = await self._stored(self._house.fleet.known_models(request.model))
+        drawn = Drawn(
+            task_id=str(uuid.uuid4()),
+            seed=secrets.randbits(63),
+            now_ms=self._house.now_ms(),
+            correlation_id=correlation_id,
+            idempotency_key=idempotency_key,
+            salt=salt,
+        )
+        forecast, ms_per_token = await self._deadline_figures(request)
+        s = self._settings
+        task = admit(
+            request,
+            tenant,
+            AdmissionPolicy(s.default_max_tokens, s.max_prompt_bytes, s.wait_for_workers),
+            drawn,
+            known_models=known,
+            workers=await self._stored(self._house.fleet.workers()),
+            forecast=forecast,
+            ms_per_token=ms_per_token,
+        )
+        result = await self._stored(self._store.admit(task, self._settings.limits))
+        if isinstance(result, Refused):
+            raise await self._refusal(result, task.model)
+        return await self._submitted(result, drawn.now_ms)
+
+    async def _deadline_figures(self, request: TaskRequest) -> tuple[Forecast | None, float | None]:
+        """Where a task admitted now would stand in time; only looked up for one that has a deadline."""
+        if request.deadline_ms is None:
+            return None, None
+        depths = await self._stored(self._store.queue())
+        ahead = sum(
+            depth.depth
+            for depth in depths
+            if depth.model == request.model and (depth.priority == "interactive" or request.priority == "batch")
+        )
+        rates = await self._stored(self._house.fleet.rates(request.model))
+        forecast = await self._stored(self._house.fleet.forecast(request.model, ahead + 1))
+        return forecast, rates.ms_per_token if rates else None
+
+    async def _refusal(self, refused: Refused, model: str) -> ApiError:
+        limits = self._settings.limits
+        forecast = await self._stored(self._house.fleet.forecast(model, 1))
+        wait_ms = STORE_RETRY_MS if forecast is None else round(forecast.p90_ms)
+        return refusal(refused, limits, await self._stored(self._house.fleet.known_models()), wait_ms, model)
+
+    async def _submitted(self, admitted: Admitted, now_ms: int) -> Submitted:
+        forecast = None
+        if admitted.created:
+            self._house.wake_dispatcher(admitted.model)
+        if admitted.status == "queued":
+            forecast = await self._forecast(admitted.model, admitted.queue_position)
+        if forecast is not None and admitted.created:
+            self._house.fleet.book.note(admitted.task_id, forecast, now_ms)
+        return Submitted(
+            task_id=admitted.task_id,
+            created=admitted.created,
+            status=admitted.status,
+            model=admitted.model,
+            seed=admitted.seed,
+            queue_position=admitted.queue_position,
+            predicted_start_ms=None if forecast is None else round(forecast.p50_ms),
+            predicted_start_p90_ms=None if forecast is None else round(forecast.p90_ms),
+            created_at_ms=admitted.created_at_ms,
+        )
+
+    async def _forecast(self, model: str, position: int) -> Forecast | None:
+        """A forecast is a courtesy: none when Redis has just gone away."""
+        try:
+            return await self._house.fleet.forecast(model, position)
+        except StoreUnavailableError:
+            return None
+
+    async def task(self, task_id: str, tenant: Tenant | None) -> TaskView:
+        """A task with its text so far. Raises ApiError NOT_FOUND. Tenant None sees every tenant's."""
+        record = await self._stored(self._store.task(task_id, None if tenant is None else tenant.name))
+        if record is None:
+            raise _no_task()
+        parts: list[str] = []
+        after, next_index = "0-0", 0
+        while entries := await self._stored(self._store.read_log(task_id, after=after, limit=PAGE)):
+            for entry in entries:
+                for token in entry.tokens:
+                    if token.i == next_index:
+                        parts.append(token.t)
+                        next_index += 1
+            after = entries[-1].position
+            if len(entries) < PAGE:
+                break
+        forecast = None
+        if record.status == "queued" and record.queue_position and record.attempt == 0:
+            forecast = await self._forecast(record.model, record.queue_position)
+        return TaskView(
+            record=record,
+            text="".join(parts),
+            predicted_start_ms=None if forecast is None else round(forecast.p50_ms),
+        )
+
+    async def tasks(
+        self,
+        tenant: Tenant,
+        *,
+        status: TaskStatus | None = None,
+        model: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> tuple[list[TaskView], str | None]:
+        """A page of tasks, newest first, without text, and the cursor of the next page. Raises ApiError."""
+        try:
+            records, cursor = await self._stored(
+                self._store.list_tasks(tenant.name, status=status, model=model, limit=limit, after=after)
+            )
+        except ValueError:
+            raise ApiError(
+                ErrorCode.INVALID_PARAMS, "`after` must be the `next` of the page before", param="after"
+            ) from None
+        return [TaskView(record=record) for record in records], cursor
+
+    async def cancel(self, task_id: str, tenant: Tenant | None) -> TaskView:
+        """End a task with CANCELLED; a task that ended already stays as it is. Raises ApiError NOT_FOUND."""
+        outcome = await self._stored(self._store.cancel(task_id, None if tenant is None else tenant.name))
+        if outcome is None:
+            raise _no_task()
+        if outcome.changed:
+            self.observations.count("cancellations", "running" if outcome.running else "queued")
+            self._house.fleet.book.forget(task_id)
+            self._house.followers.kick(task_id)
+        if outcome.running is not None:
+            self._recovery.stop(outcome.running, "cancel")
+        return await self.task(task_id, tenant)
+
+    def follow(self, task_id: str, tenant: Tenant | None, after: str | None = None) -> AsyncGenerator[list[StreamItem]]:
+        """The task's events after the position `after`, then live, ending after the terminal event.
+
+        Yields [] after at most 10 s of silence (send a keep-alive comment). Before its first item it raises ApiError:
+        NOT_FOUND, GONE (the log was dropped), CONFLICT (`after` is ahead of a finished log), INVALID_PARAMS; at any
+        time STORE_UNAVAILABLE. Ends early when this reader fell too far behind or this replica stops: the client
+        resumes from its last id. Close it (`aclose`) when the client goes away, then call `disconnected`.
+        """
+        return self._follow(task_id, None if tenant is None else tenant.name, after)
+
+    async def _follow(self, task_id: str, tenant: str | None, after: str | None) -> AsyncGenerator[list[StreamItem]]:
+        stream = self._house.followers.follow(task_id, tenant, after)
+        try:
+            async for items in stream:
+                yield items
+        except StoreUnavailableError as error:
+            raise store_unavailable() from error
+        finally:
+            await stream.aclose()
+
+    async def disconnected(self, task_id: str, tenant: Tenant | None) -> None:
+        """A streaming client went away: cancels if the task says so and nobody else follows it here."""
+        if self._house.followers.is_followed(task_id) or self._state == "draining":
+            return
+        record = await self._stored(self._store.task(task_id, None if tenant is None else tenant.name))
+        if record is None or record.on_disconnect != "cancel" or record.finished_at_ms is not None:
+            return
+        await self.cancel(task_id, tenant)
+
+
+def _no_task() -> ApiError:
+    return ApiError(ErrorCode.NOT_FOUND, "there is no such task: check its id, or it was retired", param="task_id")
