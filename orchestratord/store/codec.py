@@ -61,6 +61,7 @@ QUEUED_FIELDS = (
     "prefix_hashes",
     "deadline_at_ms",
     "waiting_since_ms",
+    "session_id",
 )
 RECORD_FIELDS = (
     "task_id",
@@ -157,6 +158,7 @@ def queued_task(values: Sequence[bytes | None], session_worker: bytes | None) ->
     row: dict[str, Any] = fields(QUEUED_FIELDS, values)
     kept = int(row.pop("tokens_logged"))
     digest, dtype = row.pop("digest"), row.pop("dtype")
+    row.pop("session_id")
     row["tokens_kept"] = kept
     row["required_digest"] = digest if kept else None
     row["required_dtype"] = dtype if kept else None

@@ -87,11 +87,12 @@ class FleetStore(StoreBase):
         await self._run("replica_heartbeat", moment(now_ms), replica_id, url, lease_ms)
 
     async def replicas(self) -> list[ReplicaView]:
-        """Every replica that holds a lease or whose lease has just ended, by id."""
+        """Every replica that holds a lease or whose lease has ended and whose tasks aren't adopted yet, by id."""
         flat = await self._run("replicas")
         views = [
-            ReplicaView(replica_id=name.decode(), url=(url or b"").decode(), lease_expires_at_ms=int(float(expires)))
+            ReplicaView(replica_id=name.decode(), url=url.decode(), lease_expires_at_ms=int(float(expires)))
             for name, url, expires in zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+            if url is not None  # one that never spoke, or not since it was given up, has no address
         ]
         return sorted(views, key=lambda view: view.replica_id)
 

@@ -41,6 +41,7 @@ BREAKS: dict[str, tuple[Any, ...]] = {
     "an unknown task in a slot": ("hset", ("running", "w2"), "ghost", "1"),
     "a running attempt that is stopping too": ("hset", ("stopping", "w1"), "runs:1", str(T)),
     "a running task without its owner": ("srem", ("owned", "r1"), "runs"),
+    "an owner that can't be found dead": ("zrem", ("replicas",), "r1"),
     "a running task with two owners": ("sadd", ("owned", "r2"), "runs"),
     "an owned task that is handed over too": ("sadd", ("orphans",), "runs"),
     "a retry that is forgotten": ("zrem", ("retry",), "retries"),

@@ -116,6 +116,8 @@ async def test_a_dead_replicas_tasks_are_adopted_once_by_one(store: Store) -> No
     for number in range(8):
         await running(store, f"t{number}")
     await store.replica_heartbeat("r1", "http://r1", REPLICA_LEASE_MS, now_ms=T)
+    for name in "2345":
+        await store.replica_heartbeat(f"r{name}", "http://other", REPLICA_LEASE_MS, now_ms=T + 1000)
     assert await store.adopt("r2", now_ms=T + 1999, healthy_ms=LONG_MS) == []
     adopted = await asyncio.gather(
         *(store.adopt(f"r{name}", limit=3, now_ms=T + 2000, healthy_ms=LONG_MS) for name in "23452345")
@@ -125,10 +127,20 @@ async def test_a_dead_replicas_tasks_are_adopted_once_by_one(store: Store) -> No
     assert max(len(tasks) for tasks in adopted) == 3
     assert all(task.owner == f"r{name}" for name, tasks in zip("23452345", adopted, strict=True) for task in tasks)
     assert await store.owned("r1") == []
-    assert await store.replicas() == []
+    assert [view.replica_id for view in await store.replicas()] == ["r2", "r3", "r4", "r5"]
     assert all(task.attempt == 1 for tasks in adopted for task in tasks)
     assert await store.append([batch("t0", 1, 0, 1)]) == ["appended"]
     assert await store.complete("t0", 1, end(1), now_ms=T + 2000)
+
+
+async def test_an_owner_that_never_spoke_can_be_found_dead(store: Store) -> None:
+    """A replica that was given up as dead wakes, claims, and dies before its next heartbeat."""
+    await running(store, "a")
+    assert await store.replicas() == []
+    (task,) = await store.adopt("r2", now_ms=T, healthy_ms=0)
+    assert (task.task_id, task.owner) == ("a", "r2")
+    (task,) = await store.adopt("r3", now_ms=T, healthy_ms=0)
+    assert task.owner == "r3"
 
 
 async def test_a_replica_never_adopts_from_itself(store: Store) -> None:

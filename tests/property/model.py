@@ -64,6 +64,8 @@ class Model:
     workers: dict[str, Worker] = field(default_factory=dict)
     drained: set[str] = field(default_factory=set)
     replicas: dict[str, int] = field(default_factory=dict)
+    """Lease ends; also of replicas that own tasks without having spoken."""
+    speakers: set[str] = field(default_factory=set)
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
     virtual: dict[str, float] = field(default_factory=dict)
     virtual_left: float = 0.0
@@ -135,6 +137,7 @@ class Model:
         task.state, task.worker, task.instance = "running", worker_id, worker.instance
         task.digest, task.owner = worker.digest, replica
         task.attempt += 1
+        self.replicas.setdefault(replica, self.now)
         task.charged += charge
         self.virtual[task.tenant] = self.virtual.get(task.tenant, 0.0) + charge / task.weight
         return True
@@ -239,16 +242,25 @@ class Model:
     def adopt(self, replica: str, adopted: list[str]) -> None:
         for task_id in adopted:
             self.tasks[task_id].owner = replica
+            self.replicas.setdefault(replica, self.now)
         for name, lease_end in list(self.replicas.items()):
             owns = any(task.state == "running" and task.owner == name for task in self.tasks.values())
             if lease_end <= self.now and name != replica and not owns:
-                del self.replicas[name]
+                self.leave(name)
 
     def hand_over(self, replica: str) -> int:
         mine = [task for task in self.tasks.values() if task.state == "running" and task.owner == replica]
         for task in mine:
             task.owner = ""
         return len(mine)
+
+    def speak(self, replica: str) -> None:
+        self.replicas[replica] = self.now + self.replica_lease_ms
+        self.speakers.add(replica)
+
+    def leave(self, replica: str) -> None:
+        self.replicas.pop(replica, None)
+        self.speakers.discard(replica)
 
     def delete(self, task_id: str) -> bool:
         task = self.tasks.get(task_id)

@@ -296,7 +296,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(replica=REPLICAS)
     def replica_heartbeat(self, replica: str) -> None:
-        self.model.replicas[replica] = self.now + REPLICA_LEASE_MS
+        self.model.speak(replica)
         self.run(self.store.replica_heartbeat(replica, "http://x", REPLICA_LEASE_MS, now_ms=self.now))
 
     @rule(replica=REPLICAS, limit=st.integers(1, 4))
@@ -312,7 +312,7 @@ class StoreMachine(RuleBasedStateMachine):
     def hand_over(self, replica: str, leave: bool) -> None:
         expected = self.model.hand_over(replica)
         if leave:
-            self.model.replicas.pop(replica, None)
+            self.model.leave(replica)
             assert self.run(self.store.leave(replica)) == expected
         else:
             assert self.run(self.store.hand_over(replica)) == expected
@@ -351,7 +351,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert {name: value for name, value in snapshot.virtual_times.items() if value} == pytest.approx(
             {name: value for name, value in model.virtual.items() if value}
         )
-        assert {view.replica_id: view.lease_expires_at_ms for view in await self.store.replicas()} == model.replicas
+        assert {view.replica_id: view.lease_expires_at_ms for view in await self.store.replicas()} == {
+            replica: model.replicas[replica] for replica in model.speakers
+        }
         listed = [await self.store.list_tasks(tenant, limit=100) for tenant in ("acme", "rival")]
         records = {record.task_id: record for page, _ in listed for record in page}
         assert records.keys() == model.tasks.keys()

@@ -99,6 +99,13 @@ local function disown(task)
   redis.call('SREM', key('orphans'), task.task_id)
 end
 
+-- Makes a replica the owner. One without a lease (it was given up as dead, or has not spoken yet) gets one that has ended:
+-- whoever owns a task can be found dead.
+local function own(task_id, replica, now)
+  redis.call('SADD', key('owned', replica), task_id)
+  redis.call('ZADD', key('replicas'), 'NX', integer(now), replica)
+end
+
 local function free_slot(task)
   redis.call('HDEL', key('running', task.worker_id), task.task_id)
 end

@@ -3,6 +3,7 @@
 -- ARGV   1 now_ms or ''  2 replica  3 limit  4 ms for which Redis has been reachable  5 latest believable now or ''
 -- Returns { now_ms, believable 1|0, list of running task fields }
 -- A lease is judged only after Redis has been reachable for as long as it lasts, and only by a call that came in time.
+--@include tasks
 
 pass_when_full()
 local now = time_ms(ARGV[1])
@@ -14,7 +15,7 @@ local function take(task_id)
   local task = task_hash(task_id)
   if not task or task.state ~= 'running' then return end
   task.owner = replica
-  redis.call('SADD', key('owned', replica), task_id)
+  own(task_id, replica, now)
   redis.call('HSET', key('task', task_id), 'owner', replica)
   result[#result + 1] = pick(task, RUNNING_FIELDS)
   room = room - 1
@@ -33,9 +34,8 @@ if believable then
       end
       if redis.call('EXISTS', key('owned', dead)) == 0 then
         redis.call('ZREM', key('replicas'), dead)
-        redis.call('HDEL', key('replica-urls'), dead)
         redis.call('HDEL', key('replica-leases'), dead)
-        fleet(now, 'replica_lost', dead, 'its lease ended')
+        if redis.call('HDEL', key('replica-urls'), dead) == 1 then fleet(now, 'replica_lost', dead, 'its lease ended') end
       end
       if #result > before then
         fleet(now, 'tasks_adopted', replica, (#result - before) .. ' tasks of ' .. dead)

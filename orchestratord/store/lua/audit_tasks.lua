@@ -74,7 +74,14 @@ local function check_running(task)
       function() redis.call('HSET', name, task.task_id, task.attempt) end,
       function() redis.call('HDEL', name, task.task_id) end)
   end
-  if task.owner ~= '' then set_place(task, key('owned', task.owner), running, 'its owner') end
+  if task.owner ~= '' then
+    set_place(task, key('owned', task.owner), running, 'its owner')
+    if running and not redis.call('ZSCORE', key('replicas'), task.owner) then
+      found('owner', key('replicas'), task.owner .. ' owns ' .. task.task_id .. ' and can never be found dead', function()
+        redis.call('ZADD', key('replicas'), 0, task.owner)
+      end)
+    end
+  end
   set_place(task, key('orphans'), running and task.owner == '', 'tasks handed over')
 end
 

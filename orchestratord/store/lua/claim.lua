@@ -85,7 +85,7 @@ local function start(task, worker, charge)
     charged = exact(tonumber(task.charged) + tonumber(charge)), last_call = call,
   })
   redis.call('HSET', key('running', worker.worker_id), task.task_id, task.attempt)
-  redis.call('SADD', key('owned', replica), task.task_id)
+  own(task.task_id, replica, now)
   redis.call('HINCRBYFLOAT', key('vtime', model), task.tenant, exact(tonumber(charge) / tonumber(task.weight)))
   redis.call('XADD', key('log', task.task_id), task.attempt .. '-0', event(task, worker))
   remember(task, worker)

@@ -14,8 +14,8 @@ for _, task_id in ipairs(moved) do
   end
 end
 if ARGV[4] == '1' and #moved < tonumber(ARGV[3]) then
-  if redis.call('ZREM', key('replicas'), ARGV[2]) == 1 then fleet(now, 'replica_left', ARGV[2], 'stopped') end
-  redis.call('HDEL', key('replica-urls'), ARGV[2])
+  redis.call('ZREM', key('replicas'), ARGV[2])
+  if redis.call('HDEL', key('replica-urls'), ARGV[2]) == 1 then fleet(now, 'replica_left', ARGV[2], 'stopped') end
   redis.call('HDEL', key('replica-leases'), ARGV[2])
 end
 if #moved > 0 then hint('fleet') end

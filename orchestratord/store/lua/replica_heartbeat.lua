@@ -5,9 +5,9 @@
 
 pass_when_full()
 local now = time_ms(ARGV[1])
-if redis.call('ZADD', key('replicas'), integer(now + tonumber(ARGV[4])), ARGV[2]) == 1 then
+redis.call('ZADD', key('replicas'), integer(now + tonumber(ARGV[4])), ARGV[2])
+if redis.call('HSET', key('replica-urls'), ARGV[2], ARGV[3]) == 1 then
   fleet(now, 'replica_joined', ARGV[2], ARGV[3])
 end
-redis.call('HSET', key('replica-urls'), ARGV[2], ARGV[3])
 redis.call('HSET', key('replica-leases'), ARGV[2], ARGV[4])
 return integer(now)

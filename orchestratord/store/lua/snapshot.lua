@@ -1,27 +1,37 @@
 -- One model's queue and workers at one instant, for the planner.
 -- KEYS   1 anchor
--- ARGV   1 now_ms or ''  2 model  3 tasks to read of each queue
+-- ARGV   1 now_ms or ''  2 model  3 tasks to read of each queue; fewer where there are so many queues that more than
+--        TASKS_READ would be read, but always the first
 -- Returns { version, now_ms, list of { queued task fields (QUEUED_FIELDS), session's worker or false },
 --        list of running task fields, list of worker views, tenant, virtual time, …, prefix, workers, … }
 --@include workers
 
+local TASKS_READ = 1024
 local now = time_ms(ARGV[1])
 local model, per_queue = ARGV[2], tonumber(ARGV[3])
 
+local at = {}
+for i, name in ipairs(QUEUED_FIELDS) do at[name] = i end
 local waiting, prefixes, seen = {}, {}, {}
-for _, tail in ipairs(redis.call('SMEMBERS', key('queues', model))) do
-  local queue = key('queue', model) .. ':' .. tail
-  for _, task_id in ipairs(redis.call('ZRANGE', queue, 0, per_queue - 1)) do
-    local task = task_hash(task_id) or { tenant = '' }
-    local session = task.session_id and redis.call('HGET', key('session', task.tenant, task.session_id), model)
-    if task.task_id then waiting[#waiting + 1] = { pick(task, QUEUED_FIELDS), session or false } end
-    for prefix in string.gmatch(task.prefix_hashes or '', '%S+') do
-      if not seen[prefix] then
-        seen[prefix] = true
-        prefixes[#prefixes + 1] = prefix
-      end
+
+local function read(task_id)
+  local task = redis.call('HMGET', key('task', task_id), unpack(QUEUED_FIELDS))
+  if not task[at.task_id] then return end
+  local session = task[at.session_id]
+  local warm = session and redis.call('HGET', key('session', task[at.tenant], session), model)
+  waiting[#waiting + 1] = { task, warm or false }
+  for prefix in string.gmatch(task[at.prefix_hashes] or '', '%S+') do
+    if not seen[prefix] then
+      seen[prefix] = true
+      prefixes[#prefixes + 1] = prefix
     end
   end
+end
+
+local tails = redis.call('SMEMBERS', key('queues', model))
+per_queue = math.max(1, math.min(per_queue, math.floor(TASKS_READ / math.max(1, #tails))))
+for _, tail in ipairs(tails) do
+  for _, task_id in ipairs(redis.call('ZRANGE', key('queue', model) .. ':' .. tail, 0, per_queue - 1)) do read(task_id) end
 end
 
 local running, workers = {}, {}
