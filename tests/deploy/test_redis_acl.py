@@ -31,7 +31,7 @@ ARQ = {
     "info", "dbsize",  # what it logs about the server at its start
     "exists", "psetex", "zadd",  # enqueue_job
     "zrangebyscore", "zscore", "zcard",  # the queue
-    "get", "incr", "expire", "pexpire", "zrem", "del", "zincrby",  # a job's begin, end and repetition
+    "get", "incrby", "expire", "pexpire", "zrem", "del", "zincrby",  # a job's begin, end and repetition
 }  # fmt: skip
 # orchestratord/jobs/runner.py itself.
 JOBS = {"set", "del"}
