@@ -106,7 +106,7 @@ def _preemptions(
     victims = [task for task in snapshot.running if _may_yield(task, snapshot.now_ms, pending, policy, memory)]
     victims.sort(key=lambda task: (task.tokens_logged, -task.claimed_at_ms, task.task_id))
     chosen: list[RunningTask] = []
-    for task in unplaced:
+    for task in unplaced[: 8 * policy.max_preemptions_per_plan]:
         if len(chosen) >= policy.max_preemptions_per_plan:
             break
         workers = {worker_id for worker_id, worker in fleet.ready.items() if suitable(task, worker)}

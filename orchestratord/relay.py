@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -63,8 +63,8 @@ MAX_IDLE_CONNECTIONS = 2
 class Start:
     """What a newly claimed attempt begins with. An adopted one has none: it attaches."""
 
-    payload: bytes
-    resume_token_ids: tuple[int, ...]
+    payload: bytes = field(repr=False)
+    resume_token_ids: tuple[int, ...] = field(repr=False)
 
 
 class Relay:
@@ -129,6 +129,7 @@ class Relay:
                 if stream.status != 200:
                     return await self._refused(stream)
                 self.delivered = True
+                self._start = None  # the prompt may be megabytes, and is needed no more
                 return await self._read(stream)
         except WorkerUnreachableError as error:
             return Broken(str(error), sent=error.sent)
@@ -221,7 +222,7 @@ class Relay:
         """JSON of the ExecuteRequest: the whole one until a worker has answered, an attaching one from then on."""
         task = self.task
         head = {"task_id": task.task_id, "attempt": task.attempt, "seed": task.seed}
-        if self._start is None or self.delivered:
+        if self._start is None:
             return msgspec.json.encode(head | {"attach_instance_id": task.instance_id})
         rest = msgspec.json.encode(head | {"resume_token_ids": self._start.resume_token_ids})
         return rest[:-1] + b"," + self._start.payload[1:]  # both are JSON objects, neither is empty

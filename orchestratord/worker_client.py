@@ -7,6 +7,7 @@ streams can hold up a cancel. Nothing here decides what a failure means; the rel
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -20,7 +21,9 @@ from llorch_wire.worker import WorkerHealth
 
 CONTROL_TIMEOUT_S = 2.0
 MAX_REPLY_BYTES = 256 * 1024
-READ_BUFFER_BYTES = 256 * 1024
+LARGE_BODY_BYTES = 2**19
+"""From here on a body is sent piece by piece, so that the loop goes on in between."""
+READ_BUFFER_BYTES = 64 * 1024
 """What a paused stream holds here before TCP holds the worker back."""
 
 
@@ -89,7 +92,7 @@ class WorkerStream:
         """The body of an answer that isn't 200; empty when it can't be read."""
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
-                body = await self._response.content.read(MAX_REPLY_BYTES)
+                body = await _read_all(self._response)
             return msgspec.json.decode(body, type=WorkerRefusal)
         except (TimeoutError, aiohttp.ClientError, msgspec.DecodeError):
             return WorkerRefusal()
@@ -167,7 +170,8 @@ class WorkerClient:
         try:
             # The answer's head comes as soon as the worker has taken the request, long before the first token.
             async with asyncio.timeout(max(self._connect_s, self._stall_s)):
-                response = await self._streams.post(target, data=body, headers=headers, allow_redirects=False)
+                data = body if len(body) < LARGE_BODY_BYTES else io.BytesIO(body)
+                response = await self._streams.post(target, data=data, headers=headers, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise WorkerUnreachableError(f"can't connect: {type(error).__name__}", sent=False) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
@@ -183,7 +187,7 @@ class WorkerClient:
         assert self._control is not None
         try:
             async with asyncio.timeout(self._probe_s), self._control.get(f"{url}/health") as response:
-                return WorkerHealth.model_validate_json(await response.content.read(MAX_REPLY_BYTES))
+                return WorkerHealth.model_validate_json(await _read_all(response))
         except (aiohttp.ClientError, ConnectionError, TimeoutError, ValidationError):
             return None
 
@@ -206,14 +210,29 @@ class WorkerClient:
     async def _post(self, url: str, body: dict[str, object], correlation_id: str, ok: Iterable[int]) -> bool:
         assert self._control is not None
         headers = _headers(correlation_id) | {"Content-Type": "application/json"}
-        try:
-            async with self._control.post(
-                url, data=msgspec.json.encode(body), headers=headers, allow_redirects=False
-            ) as response:
-                await response.content.read(MAX_REPLY_BYTES)
-                return response.status in ok
-        except (aiohttp.ClientError, ConnectionError, TimeoutError):
-            return False
+        data = msgspec.json.encode(body)
+        for fresh in (False, True):  # all of these may be repeated: a kept connection may have died meanwhile
+            try:
+                async with self._control.post(url, data=data, headers=headers, allow_redirects=False) as response:
+                    await _read_all(response)
+                    return response.status in ok
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
+                if fresh:
+                    return False
+            except (aiohttp.ClientError, TimeoutError):
+                return False
+        return False
+
+
+async def _read_all(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, cut at MAX_REPLY_BYTES."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_REPLY_BYTES:
+            response.close()
+            break
+    return bytes(body[:MAX_REPLY_BYTES])
 
 
 def _headers(correlation_id: str) -> dict[str, str]:

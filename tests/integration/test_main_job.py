@@ -125,3 +125,26 @@ async def test_a_refused_prompt_fails_once_without_quoting_it(town: Town) -> Non
     assert worker.counts["executes"] == 0
     assert len(tokens_of(items)) == 0
     assert (await orchestrator.task(task_id, TENANT)).record.attempt == 1
+
+
+async def test_a_prompt_of_megabytes(town: Town) -> None:
+    orchestrator = await town.replica()
+    await town.worker()
+    task_id = await town.submit(seed=2, max_tokens=6, prompt="story " * 300_000)
+    check_stream(await read_all(orchestrator.follow(task_id, TENANT)), 2, 6)
+
+
+async def test_a_reader_that_falls_behind_is_cut_off_and_resumes(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestratord.follower.RING_ITEMS", 32)
+    orchestrator = await town.replica()
+    worker = await town.worker(token_ms=1)
+    task_id = await town.submit(seed=2, max_tokens=400, ignore_eos=True)
+    stream = orchestrator.follow(task_id, TENANT)
+    items = [item for _ in range(3) for item in await anext(stream)]
+    await until(lambda: worker.counts["tokens"] >= 300, "the stream ran away")
+    items += await read_all(stream)
+    assert orchestrator.observations.counters["readers_cut_off", "behind"] == 1
+    assert not isinstance(items[-1].event, EndEvent)
+    cursor = [item.position for item in items if item.position][-1]
+    items += await read_all(orchestrator.follow(task_id, TENANT, cursor))
+    assert tokens_of(items) == expected(2, 400, ignore_eos=True)[0]
