@@ -179,6 +179,24 @@ def test_a_bare_machine_is_bootstrapped_and_gets_the_key(
 
 
 def test_a_model_goes_from_pool_to_pool(op: Operator, fleet: dict[str, NamespaceMachine]) -> None:
-    copied = rows(op, "model", "copy", "demo", "--from", "gpu1", "--to", "bare")
-    assert copied[0]["digest"] == rows(op, "model", "show", "demo", "-p", "gpu1")[0]["digest"]
-    op.llorch("model", "verify", "demo", "-p", "bare")
+    import llorch_demo
+
+    op.llorch("model", "download", f"file:{llorch_demo.MODEL_DIR}", "--name", "tale", "-p", "gpu1")
+    copied = rows(op, "model", "copy", "tale", "--from", "gpu1", "--to", "gpu2", "--to", "gpu3")
+    digest = rows(op, "model", "show", "tale", "-p", "gpu1")[0]["digest"]
+    assert {(row["pool"], row["digest"]) for row in copied} == {("gpu2", digest), ("gpu3", digest)}
+    op.llorch("model", "verify", "tale", "-p", "gpu2", "-p", "gpu3")
+    missing = op.llorch("model", "copy", "nothing", "--from", "gpu1", "--to", "gpu2", check=2)
+    assert "no model 'nothing'" in missing.stderr
+
+
+def test_a_copy_goes_on_where_it_was_cut(op: Operator, fleet: dict[str, NamespaceMachine]) -> None:
+    whole = fleet["gpu1"].models / "tale" / "model.safetensors"
+    shutil.rmtree(fleet["gpu2"].models / "tale")
+    partial = fleet["gpu2"].models / ".partial"
+    info = json.loads((fleet["gpu1"].models / "tale" / "model.json").read_text())
+    (partial / "tale").mkdir()
+    (partial / "tale.source").write_text(info["digest"])
+    (partial / "tale" / "model.safetensors.part").write_bytes(whole.read_bytes()[:1_000_000])
+    op.llorch("model", "copy", "tale", "--from", "gpu1", "--to", "gpu2")
+    op.llorch("model", "verify", "tale", "-p", "gpu2")
