@@ -60,7 +60,7 @@ def main() -> int:
                 f"  API        {url}/v2/tasks and {url}/v1 (OpenAI)\n"
                 f"  API docs   {url}/docs\n"
                 f"  dashboard  {url}/\n"
-                f"  again      .venv/bin/llorch run --url {url} \"Once upon a time\"",
+                f'  again      .venv/bin/llorch run --url {url} "Once upon a time"',
                 flush=True,
             )
         return stack.wait()
