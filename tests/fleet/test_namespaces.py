@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from llorch.fleet import carry
 from tests.support import namespaces
 from tests.support.fleet import WORKER_KEY, Orchestrator, orchestrator
 from tests.support.hub import Hub
@@ -18,6 +19,7 @@ from tests.support.namespaces import GATEWAY, NamespaceMachine, Network, network
 from tests.support.sshd import Operator, missing_tools, operator, wait_for
 
 pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
 KEY = {"LLORCH_WORKER_KEY": WORKER_KEY}
 
 
@@ -148,15 +150,25 @@ def test_a_command_that_is_cut_off_ends_on_the_far_side_too(
             process.communicate(timeout=10)
 
 
+def snapshot(op: Operator) -> dict[str, str]:
+    """Environment with a copy of the packages: a checkout that is being edited would be another version each time."""
+    copy = op.folder / "snapshot"
+    for package in carry.PACKAGES:
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return {"PYTHONPATH": str(copy)}
+
+
 def test_a_bare_machine_is_bootstrapped_and_gets_the_key(
     op: Operator, net: Network, house: Orchestrator, fleet: dict[str, NamespaceMachine]
 ) -> None:
     """A machine with nothing but ssh and a Python: no index is reachable, so everything is carried over."""
+    still = snapshot(op)
     bare = net.machine("bare", environ={"PATH": "/usr/local/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1"})
     op.llorch("pool", "add", "bare", bare.address, "-y", "--orchestrator", house.url)
     planned = op.llorch("pool", "bootstrap", "bare", "--dry-run", "--source", "carry", "--extras", "none")
     assert "carried over from here" in planned.stderr and not (bare.home / ".local").exists()
-    op.llorch("pool", "bootstrap", "bare", "-y", "--source", "carry", "--extras", "none", timeout=300)
+    install = ("pool", "bootstrap", "bare", "-y", "--source", "carry", "--extras", "none")
+    op.llorch(*install, timeout=300, environ=still)
     known = next(row for row in rows(op, "pool", "list") if row["name"] == "bare")
     assert known["command"] == str(bare.home / ".local/share/llorch/pool/current/bin/llorch-pool")
     doctor = op.llorch("pool", "doctor", "-p", "bare", check=1)
@@ -172,7 +184,7 @@ def test_a_bare_machine_is_bootstrapped_and_gets_the_key(
     command = next(line for _, line in bare.processes() if "-m worker " in line)
     assert str(bare.home) in command and WORKER_KEY not in command
     assert house.finish(house.submit(placement={"mode": "pin", "pin_pool": "bare"}))["status"] == "completed"
-    again = op.llorch("pool", "bootstrap", "bare", "-y", "--source", "carry", "--extras", "none", timeout=300)
+    again = op.llorch(*install, timeout=300, environ=still)
     assert "installed already" in again.stderr
     op.llorch("worker", "stop-all", "-p", "bare", "--grace", "5")
     wait_for(lambda: not bare.processes(), 10)
