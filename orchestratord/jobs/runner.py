@@ -82,6 +82,8 @@ class Jobs:
                 if not complained:
                     self._log.warning("background jobs pause", **describe_exception(failures.exceptions[0]))
                 complained = True
+            except* Exception as failures:  # the daemon outlives whatever happens here
+                self._log.error("background jobs failed", **describe_exception(failures.exceptions[0]))
             finally:
                 await _take_down(worker, redis)
             await asyncio.sleep(PAUSE_S)

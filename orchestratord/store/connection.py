@@ -14,10 +14,10 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 import msgspec
 from redis import exceptions
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.cluster import ClusterNode
+from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
 
+from orchestratord.store.cluster import SlotPool
 from orchestratord.store.errors import StoreUnavailableError, StoreUrlError
 from orchestratord.store.keys import ANCHOR
 from orchestratord.store.scripts import load
@@ -130,9 +130,7 @@ def make_client(target: Target, timeout_s: float) -> Any:
         return Redis.from_url(target.url, max_connections=bound, **options)
     options |= {"username": target.username, "password": target.password}
     if target.kind == "cluster":
-        nodes = [ClusterNode(host, port) for host, port in target.nodes]
-        # redis-py's stubs leave abstract what it mixes in.
-        return RedisCluster(startup_nodes=nodes, max_connections=bound, **options)  # pyright: ignore[reportAbstractUsage]
+        return Redis.from_pool(SlotPool(target.nodes, max_connections=bound, **options))
     sentinel = Sentinel(
         list(target.nodes),
         sentinel_kwargs={"password": target.sentinel_password, "socket_timeout": 1.0, "socket_connect_timeout": 1.0},
@@ -177,11 +175,11 @@ class Connection:
             async with asyncio.timeout(self.timeout_s), self._slots:
                 started = time.monotonic()
                 try:
-                    result = await command()
+                    result = await _attempt(command)
                 except exceptions.ConnectionError:
                     self.trouble()
-                    result = await command()
-        except (exceptions.RedisError, exceptions.RedisClusterException, OSError, TimeoutError) as error:
+                    result = await _attempt(command)
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
             raise self._unavailable(error) from error
         if time.monotonic() - started > SLOW_S:
             self.trouble()
@@ -205,10 +203,20 @@ class Connection:
     async def aclose(self) -> None:
         """Closes every connection."""
         await self.client.aclose()
-        if not isinstance(self.client, RedisCluster):
-            sentinel = getattr(self.client.connection_pool, "sentinel_manager", None)
-            for client in [] if sentinel is None else sentinel.sentinels:
-                await client.aclose()
+        sentinel = getattr(self.client.connection_pool, "sentinel_manager", None)
+        for client in [] if sentinel is None else sentinel.sentinels:
+            await client.aclose()
+
+
+async def _attempt(command: Callable[[], Awaitable[T]]) -> T:
+    """One command, on a connection that may be closed in this very moment: uvloop (RuntimeError: "the handler is
+    closed") and redis-py (AttributeError: its writer is None) don't call that a broken connection."""
+    try:
+        return await command()
+    except (RuntimeError, AttributeError) as error:
+        if "closed" not in str(error) and "NoneType" not in str(error):
+            raise
+        raise exceptions.ConnectionError("the connection was closed under the command") from error
 
 
 async def connect(url: str, timeout_s: float) -> Connection:

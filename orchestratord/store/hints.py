@@ -7,7 +7,7 @@ have passed unheard.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,6 @@ IDLE_S = 5.0
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 BROKEN = (
     exceptions.RedisError,
-    exceptions.RedisClusterException,
     OSError,
     TimeoutError,
     AttributeError,  # redis-py, where another task has just dropped the connection under a command
@@ -32,9 +31,9 @@ class HintReader:
     """Names that were hinted at since they were last given. Coalesces: at most one of each, so it is bounded by the
     number of subscriptions. One consumer iterates; any task may subscribe and unsubscribe."""
 
-    def __init__(self, client_of: Callable[[], Awaitable[tuple[Any, bool]]]) -> None:
-        """`client_of` gives a client with `pubsub()`, and whether this reader must close it."""
-        self._client_of = client_of
+    def __init__(self, client: Any) -> None:
+        """`client` is redis-py's; every subscription is made over one connection of its pool."""
+        self._client = client
         self._names: dict[str, int] = {}
         self._pending: dict[str, None] = {}
         self._wake = asyncio.Event()
@@ -119,8 +118,7 @@ class HintReader:
             failures += 1
 
     async def _messages(self) -> AsyncIterator[None]:
-        client, ours = await self._client_of()
-        pubsub = client.pubsub()
+        pubsub = self._client.pubsub()
         try:
             await pubsub.subscribe(hint_channel("any"), *(hint_channel(name) for name in self._names))
             self._pubsub = pubsub
@@ -142,8 +140,6 @@ class HintReader:
         finally:
             self._pubsub = None
             await pubsub.aclose()
-            if ours:
-                await client.aclose()
 
     def _take(self, message: dict[str, Any]) -> None:
         channel = message["channel"]

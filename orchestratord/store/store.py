@@ -13,10 +13,8 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Redis, RedisCluster
 
 from llorch_wire.errors import ErrorCode
 from llorch_wire.events import EndEvent, ErrorEvent, encode_data
@@ -29,7 +27,6 @@ from orchestratord.store.errors import StoreUrlError as StoreUrlError
 from orchestratord.store.fleet import FleetStore
 from orchestratord.store.hints import HintReader
 from orchestratord.store.housekeeping import HousekeepingStore
-from orchestratord.store.keys import ANCHOR
 from orchestratord.store.reads import ReadStore
 from orchestratord.store.types import (
     Admitted,
@@ -105,11 +102,8 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
 
     async def _memory_share(self) -> float:
         client = self._connection.client
-        options: dict[str, Any] = {}
-        if isinstance(client, RedisCluster):
-            options["target_nodes"] = client.get_node_from_key(ANCHOR)
         try:
-            memory = await self._connection.call(lambda: client.info("memory", **options))
+            memory = await self._connection.call(lambda: client.info("memory"))
         except exceptions.ResponseError:  # a server that doesn't tell (INFO may be forbidden by an ACL)
             return 0.0
         bound = int(memory.get("maxmemory", 0))
@@ -257,20 +251,7 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
 
     def hints(self) -> HintReader:
         """Wake-ups by name: `log:<task_id>`, `queue`, `fleet`, `cancel:<task_id>`. An async context manager."""
-        return HintReader(self._hint_client)
-
-    async def _hint_client(self) -> tuple[Any, bool]:
-        client = self._connection.client
-        if not isinstance(client, RedisCluster):
-            return client, False
-        await client.initialize()
-        node = client.get_node_from_key(ANCHOR)
-        if node is None:
-            raise exceptions.ConnectionError("no node holds the slot")
-        options = node.connection_kwargs
-        return Redis(
-            host=node.host, port=int(node.port), username=options.get("username"), password=options.get("password")
-        ), True
+        return HintReader(self._connection.client)
 
     async def audit(self, *, repair: bool = False, logs: bool = True) -> list[Finding]:
         """Every broken invariant of docs/redis-state.md, each judged at one instant of its own, so that it may run

@@ -267,3 +267,27 @@ def _is_connected(daemon: Daemon, receiver: Receiver) -> bool:
     port = int(receiver.url.rpartition(":")[2].partition("/")[0])
     connections = psutil.Process(daemon.process.pid).net_connections(kind="tcp4")
     return any(one.raddr and one.raddr.port == port for one in connections)
+
+
+async def test_the_jobs_outlive_an_error_that_nobody_thought_of(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A RuntimeError out of the Redis client ended the jobs, and with them the whole daemon."""
+    orchestrator = await town.replica()
+    store = town.replicas[-1].store
+    calls = 0
+
+    async def due_webhooks() -> list[tuple[str, int]]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("unable to perform operation; the handler is closed")
+        return []
+
+    monkeypatch.setattr(runner, "PAUSE_S", 0.01)
+    monkeypatch.setattr(store, "due_webhooks", due_webhooks)
+    observations = Observations()
+    webhooks = Webhooks(store, orchestrator, observations, WebhookPolicy(SECRET, 1, allow_private=True))
+    retention = Retention(store, observations, keep_s=3600, keep_count=1000)
+    running = asyncio.create_task(Jobs(town.redis.url, store, observations, webhooks, retention).run())
+    await until(lambda: calls >= 2)
+    running.cancel()
+    await asyncio.wait({running}, timeout=DEADLINE_S)

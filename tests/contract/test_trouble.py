@@ -26,7 +26,7 @@ from tests.contract.values import (
     running,
     worker,
 )
-from tests.support.redis_server import ClusterGroup, RedisServer, redis_server, sentinel_group
+from tests.support.redis_server import ClusterGroup, RedisServer, cluster_group, redis_server, sentinel_group
 
 
 @contextlib.asynccontextmanager
@@ -219,6 +219,52 @@ async def test_the_whole_life_on_a_cluster(cluster: ClusterGroup) -> None:
         await eventually(store.ping)
         await eventually(lambda: store.models())
         await eventually(lambda: lifecycle(store, "c"))
+
+
+async def test_a_cluster_whose_every_node_died_under_load_is_used_again(cluster: ClusterGroup) -> None:
+    """redis-py's cluster client forgot a node at each broken connection, the last one included, and never came back."""
+    async with connected(cluster.url, timeout_s=2.0) as store:
+        await worker(store, "w9")
+        stop = asyncio.Event()
+        unexpected: list[BaseException] = []
+
+        async def ask() -> None:
+            while not stop.is_set():
+                try:
+                    await store.models()
+                except StoreUnavailableError:
+                    await asyncio.sleep(0.01)
+                except Exception as error:
+                    unexpected.append(error)
+                    return
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(20):
+                group.create_task(ask())
+            for node in cluster.nodes:
+                await asyncio.sleep(0.2)
+                node.kill()
+            await asyncio.sleep(0.5)
+            for node in cluster.nodes:
+                await asyncio.to_thread(node.start)
+            await eventually(store.models, 30)
+            stop.set()
+        assert unexpected == []
+        await eventually(lambda: worker(store, "w9"))
+
+
+async def test_a_cluster_failover_is_followed() -> None:
+    with cluster_group(3, replicas=1) as group:
+        async with connected(group.url, timeout_s=2.0) as store, store.hints() as hints:
+            await hints.subscribe("log:b")
+            await lifecycle(store, "a")
+            await asyncio.to_thread(group.holder("{o}:sequence").kill)
+            await eventually(lambda: worker(store, slots_total=16), 30)
+            await lifecycle(store, "b")
+            async with asyncio.timeout(20):
+                assert await anext(aiter(hints)) == "log:b"
+            record = await store.task("a", "acme")
+            assert record is not None and record.status == "completed"
 
 
 async def test_background_jobs_are_refused_on_a_cluster() -> None:
