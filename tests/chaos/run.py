@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -32,15 +33,25 @@ async def one(name: str, plan: Plan, course: Course, only: list[str] | None = No
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llorch-chaos-")))
         faults = faults_of(redis.name, real_worker=plan.real_worker)
         faults = {kind: fault for kind, fault in faults.items() if only is None or kind in only}
-        async with town_of(redis, plan, folder) as town:
-            report = await chaos_run(town, faults, course, folder)
-        report.topology = name
-        if report.failures():
-            kept = Path(tempfile.mkdtemp(prefix=f"llorch-chaos-{name}-"))
-            for path in folder.glob("*.*"):
-                path.rename(kept / path.name)
-            print(f"logs and ledger are kept in {kept}")
-        return report
+        clean = False
+        try:
+            async with town_of(redis, plan, folder) as town:
+                report = await chaos_run(town, faults, course, folder)
+            report.topology = name
+            clean = not report.failures()
+            return report
+        finally:
+            if not clean:
+                _keep(folder, redis, name)
+
+
+def _keep(folder: Path, redis: redis_sets.RedisSet, name: str) -> None:
+    kept = Path(tempfile.mkdtemp(prefix=f"llorch-chaos-{name}-"))
+    for path in folder.glob("*.*"):
+        path.rename(kept / path.name)
+    for server in redis.servers:
+        shutil.copy(server.folder / "server.log", kept / f"redis-{server.port}.log")
+    print(f"logs and ledger are kept in {kept}")
 
 
 def main() -> int:

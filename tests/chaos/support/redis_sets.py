@@ -95,7 +95,7 @@ class SentinelSet(RedisSet):
     def in_step(self) -> bool:
         """Whether the master has a replica that follows it."""
         with contextlib.suppress(redis.RedisError, StopIteration):
-            return b"online" in self.command("INFO", "replication")
+            return any("online" in str(value) for value in self.command("INFO", "replication").values())
         return False
 
 
