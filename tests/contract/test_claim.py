@@ -246,6 +246,28 @@ async def test_the_snapshot_gives_the_head_of_every_queue_in_order(store: Store)
     assert snapshot.waiting[0].placement == far
 
 
+async def test_a_continuation_hides_nobody_behind_it(store: Store) -> None:
+    """It may wait for weights that no worker has any more."""
+    await worker(store)
+    await running(store, "a")
+    await store.append([batch("a", 1, 0, 1)])
+    await admit(store, "b")
+    await store.requeue("a", 1, "worker_lost", failure=True, now_ms=T)
+    snapshot = await store.snapshot(MODEL, per_queue=1, now_ms=T)
+    assert [task.task_id for task in snapshot.waiting] == ["a", "b"]
+
+
+async def test_a_snapshot_of_many_queues_is_bounded(store: Store) -> None:
+    await worker(store)
+    for number in range(300):
+        await admit(store, f"a{number}", tenant=f"tenant {number}")
+        await admit(store, f"b{number}", tenant=f"tenant {number // 100}")
+    snapshot = await store.snapshot(MODEL, per_queue=100, now_ms=T)
+    heads = {task.tenant: task.task_id for task in reversed(snapshot.waiting)}
+    assert len(snapshot.waiting) <= 1024
+    assert heads == {f"tenant {number}": f"a{number}" if number else "a0" for number in range(300)}
+
+
 async def test_an_empty_model_has_an_empty_snapshot(store: Store) -> None:
     snapshot = await store.snapshot("nothing", now_ms=T)
     assert (snapshot.version, snapshot.waiting, snapshot.workers, snapshot.now_ms) == (0, (), (), T)

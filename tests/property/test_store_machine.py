@@ -163,7 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
         worker_id=WORKERS,
         instance=INSTANCES,
         pool=st.sampled_from(["near", "far"]),
-        digest=st.sampled_from(["d1", "d1", "d2"]),
+        digest=st.sampled_from(["d1", "d2"]),
         slots=st.integers(1, 3),
     )
     def register_worker(self, worker_id: str, instance: str, pool: str, digest: str, slots: int) -> None:
