@@ -154,6 +154,13 @@ class Dispatcher:
         house.relays.start(task, Start(claimed.payload, claimed.resume_token_ids))
         house.followers.kick(task.task_id)
         house.observations.count("attempts_started", task.model)
+        self._log.debug(
+            "claimed",
+            task_id=task.task_id,
+            attempt=task.attempt,
+            worker_id=task.worker_id,
+            correlation_id=task.correlation_id,
+        )
         if task.attempt == 1:
             waited_s = max(0, task.claimed_at_ms - task.created_at_ms) / 1000
             house.observations.measure("scheduling_latency_s", waited_s, task.priority)

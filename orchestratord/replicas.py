@@ -46,8 +46,9 @@ class Replicas:
         reconciled_at = time.monotonic()
         while True:
             try:
-                if await self._renew() or time.monotonic() - reconciled_at >= RECONCILE_S:
-                    await self._reconcile()
+                first = self._renewed_at is None
+                if await self._renew() or first or time.monotonic() - reconciled_at >= RECONCILE_S:
+                    await self._reconcile(first=first)
                     reconciled_at = time.monotonic()
             except StoreUnavailableError:
                 self._house.observations.count("store_errors", "replica_heartbeat")
@@ -88,11 +89,12 @@ class Replicas:
         self._owned = (read_at, frozenset(task.task_id for task in running))
         return self._owned[1]
 
-    async def _reconcile(self) -> None:
+    async def _reconcile(self, *, first: bool) -> None:
         """Make relays and ownership agree.
 
-        A claim or adoption whose answer was lost leaves a task that nobody relays: seen twice in a row, it is attached.
-        A relay whose task isn't owned here any more ends.
+        A claim or adoption whose answer was lost leaves a task that nobody relays: seen twice in a row, it is attached;
+        at once at the start, when it can only be a namesake's that died. A relay whose task isn't owned here any more
+        ends.
         """
         relays = self._house.relays
         before = relays.attempts()
@@ -104,6 +106,6 @@ class Replicas:
                 self._log.info("relay ended: not its owner any more", task_id=task_id, attempt=attempt)
         missing = frozenset(task_id for task_id in owned if not relays.has(task_id))
         for task in running:
-            if task.task_id in missing & self._without_relay:
+            if task.task_id in missing and (first or task.task_id in self._without_relay):
                 relays.start(task, None)
         self._without_relay = missing

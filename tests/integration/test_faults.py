@@ -209,3 +209,18 @@ async def test_no_worker_left_the_task_waits_in_its_place(town: Town) -> None:
     assert tokens_of(items) == expected(9, 60, ignore_eos=True)[0]
     check_stream(await read_all(orchestrator.follow(later, TENANT)), 10, 5)
     await town.audit()
+
+
+async def test_a_namesake_takes_its_predecessors_tasks_up_at_once(town: Town) -> None:
+    first = await town.replica(replica_id="always-this-one")
+    worker = await town.worker(slots=4, token_ms=10)
+    ids = [await town.submit(seed=seed, max_tokens=120, ignore_eos=True) for seed in range(4)]
+    await until(lambda: worker.counts["tokens"] > 40, "generations are running")
+    await town.kill(first)
+    second = await town.replica(replica_id="always-this-one")
+    for seed, task_id in enumerate(ids):
+        items = await read_all(second.follow(task_id, TENANT))
+        assert tokens_of(items) == expected(seed, 120, ignore_eos=True)[0]
+        assert migrations_of(items) == []
+    assert town.recomputed() == 0
+    await town.audit()
