@@ -190,12 +190,17 @@ def parse_address(text: str) -> tuple[str, str, int]:
     """
     user, at, rest = text.rpartition("@")
     host, port = rest, ""
+    dangling = rest.endswith(":") and not rest.endswith("::")
     if rest.startswith("["):
         inner, closed, behind = rest[1:].partition("]")
         host, port = (inner, behind.removeprefix(":")) if closed else (rest, "")
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    good = bool(_HOST.fullmatch(host)) and (not port or (port.isascii() and port.isdigit() and 0 < int(port) < 65536))
+    good = (
+        not dangling
+        and bool(_HOST.fullmatch(host))
+        and (not port or (port.isascii() and port.isdigit() and 0 < int(port) < 65536))
+    )
     good = good and (not at or bool(_USER.fullmatch(user)))
     if not good:
         raise UsageProblem(f"{text!r} is not [user@]host[:port]", next_step="llorch pool add NAME user@host")

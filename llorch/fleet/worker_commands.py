@@ -43,6 +43,7 @@ CLEANUP_COLUMNS = (
     Column("FILES", "files", lambda names: str(len(names)), right=True),  # pyright: ignore[reportUnknownLambdaType]
 )
 WorkerIds = Annotated[list[str], typer.Argument(metavar="WORKER...", help="Worker ids, as `llorch worker list` shows.")]
+StopForce = Annotated[bool, typer.Option("--force", help="Also what a `llorch up` there would start again.")]
 Grace = Annotated[float, typer.Option("--grace", min=0, max=3600, help="Seconds to finish what runs; 0: at once.")]
 
 
@@ -163,6 +164,7 @@ def stop(
     pool: PoolsOption = None,
     everywhere: AllOption = False,
     grace: Grace = 30.0,
+    force: StopForce = False,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -173,7 +175,7 @@ def stop(
     pools = [registry.get(name) for name in owners]
 
     def command(item: Pool) -> wire.WorkerStop:
-        return wire.WorkerStop(worker_ids=owners[item.name], grace_s=grace)
+        return wire.WorkerStop(worker_ids=owners[item.name], grace_s=grace, force=force)
 
     show(ask(pools, registry, command, timeout_s=grace + 60), STOP_COLUMNS, form)
 
@@ -205,13 +207,14 @@ def stop_all(
     pool: PoolsOption = None,
     everywhere: AllOption = False,
     grace: Grace = 30.0,
+    force: StopForce = False,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop every worker on pools."""
+    """Stop every worker on pools, but those of a `llorch up` there."""
     form = chosen(output, as_json)
     registry = open_registry()
-    command = wire.WorkerStop(all=True, grace_s=grace)
+    command = wire.WorkerStop(all=True, grace_s=grace, force=force)
     pools = registry.chosen(pool or [], everywhere)
     show(ask(pools, registry, command, timeout_s=grace + 60), STOP_COLUMNS, form)
 

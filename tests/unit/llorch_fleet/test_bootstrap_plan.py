@@ -1,0 +1,125 @@
+"""What a bootstrap does on which machine: Python, torch build, wheels. And the wheel that it carries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llorch.errors import CliError, UsageProblem
+from llorch.fleet import carry, remote_scripts
+from llorch.fleet.bootstrap import Options, Probe, parse_probe, plan
+from llorch.fleet.pools import Pool
+
+POOL = Pool(name="gpu1", host="h")
+
+
+def options(**changes: Any) -> Options:
+    base: dict[str, Any] = {
+        "source": "auto", "extras": "worker", "torch": "auto", "torch_index": "", "wheels": "",
+        "system_packages": False, "python": "",
+    }  # fmt: skip
+    return Options.checked(**{**base, **changes})
+
+
+def probe(**changes: Any) -> Probe:
+    base: dict[str, Any] = {
+        "system": "Linux", "machine": "x86_64", "glibc": "2.36", "driver": "", "free_bytes": 100 << 30,
+        "pythons": [("3.12.4", "/usr/bin/python3.12")],
+    }  # fmt: skip
+    return Probe(**{**base, **changes})
+
+
+def test_the_probe_runs_here_and_is_read_among_banners() -> None:
+    done = subprocess.run(["sh", "-c", remote_scripts.PROBE], capture_output=True, text=True, timeout=30)
+    found = parse_probe(["Welcome!", "llorch-probe banner", *done.stdout.splitlines(), "bye"])
+    assert found.system == "Linux" and found.pythons and found.free_bytes > 0
+    with pytest.raises(ValueError, match="did not come to its end"):
+        parse_probe(["llorch-probe:system=Linux"])
+
+
+@pytest.mark.parametrize(
+    ("driver", "build"),
+    [("", "cpu"), ("580.65.06", "cu130"), ("575.57.08", "cu126"), ("525.147.05", "cu126"), ("610.1", "cu130")],
+)
+def test_torch_follows_the_driver(driver: str, build: str) -> None:
+    found = plan(POOL, probe(driver=driver), options())
+    assert found.torch_build == build and found.torch_index.endswith(f"/{build}")
+    assert any(build in line for line in found.lines)
+
+
+def test_an_old_driver_is_refused_and_the_cpu_offered() -> None:
+    with pytest.raises(CliError, match=r"driver 470\.82 is too old") as caught:
+        plan(POOL, probe(driver="470.82"), options())
+    assert "--torch cpu" in caught.value.next_step
+    assert plan(POOL, probe(driver="470.82"), options(torch="cpu")).torch_build == "cpu"
+
+
+def test_a_python_that_fits_is_chosen_or_brought() -> None:
+    pythons = [("3.14.0", "/a"), ("3.13.2", "/b"), ("3.9.1", "/c")]
+    assert plan(POOL, probe(pythons=pythons), options()).python == "/b"
+    brought = plan(POOL, probe(pythons=[("3.9.1", "/c")]), options())
+    assert brought.python == "" and "brought by uv" in brought.lines[0]
+
+
+def test_wheel_tags_follow_glibc() -> None:
+    tags = plan(POOL, probe(glibc="2.28", machine="aarch64"), options()).platforms
+    assert tags[0] == "manylinux_2_28_aarch64" and "manylinux2014_aarch64" in tags
+    assert plan(POOL, probe(glibc=""), options()).platforms[0] == "manylinux_2_17_x86_64"
+
+
+@pytest.mark.parametrize(
+    "change", [{"system": "Darwin"}, {"machine": "riscv64"}, {"free_bytes": 1 << 30}, {"system": ""}]
+)
+def test_machines_that_can_not_run_workers(change: dict[str, Any]) -> None:
+    with pytest.raises(CliError, match="gpu1"):
+        plan(POOL, probe(**change), options())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": "x"}, {"extras": "x"}, {"torch": "cu1;x"}, {"torch_index": "file:///x"}, {"wheels": "/no/such"}],
+)
+def test_options_are_checked(change: dict[str, str]) -> None:
+    with pytest.raises(UsageProblem, match="--"):
+        options(**change)
+
+
+def test_the_carried_wheel_installs_and_starts(tmp_path: Path) -> None:
+    wheel = carry.pack(tmp_path)
+    assert wheel.read_bytes() == carry.pack(tmp_path).read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "llorch_demo/model/model.safetensors" in names and "llorch-0.1.0.dist-info/RECORD" in names
+    assert not [name for name in names if "__pycache__" in name]
+    code = "import llorch_pool, sys; print(llorch_pool.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=30,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert done.stdout.startswith(str(tmp_path))
+
+
+def wheel_needing(folder: Path, name: str, *requires: str) -> Path:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = "".join(f"Requires-Dist: {line}\n" for line in requires)
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\n{lines}\nBody")
+    return path
+
+
+def test_what_the_other_python_needs_is_found(tmp_path: Path) -> None:
+    """pip judged `python_full_version < "3.11.3"` by its own Python, and the pool's 3.11.2 lacked async-timeout."""
+    main = wheel_needing(tmp_path, "llorch", "redis>=5", 'torch; extra == "worker"')
+    wheel_needing(
+        tmp_path, "redis", 'async-timeout>=4; python_full_version < "3.11.3"', 'colorama; sys_platform == "win32"',
+        'nvidia-x; platform_machine == "x86_64"',
+    )  # fmt: skip
+    assert carry.missing(main, tmp_path, "", "3.11.2", "x86_64") == {"async-timeout>=4", "nvidia-x"}
+    assert carry.missing(main, tmp_path, "", "3.12.0", "aarch64") == set()
+    assert carry.missing(main, tmp_path, "worker", "3.12.0", "aarch64") == {"torch"}

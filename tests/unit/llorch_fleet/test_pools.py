@@ -1,0 +1,87 @@
+"""The registry of pools: two writers lose nothing, addresses are told apart from options and shell words."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from llorch.errors import CliError, UsageProblem
+from llorch.fleet.pools import Pool, Pools, check_pool_name, parse_address
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("gpu1", ("", "gpu1", 0)),
+        ("me@gpu1.example.org:2222", ("me", "gpu1.example.org", 2222)),
+        ("[fd00::1]:22", ("", "fd00::1", 22)),
+        ("fd00::1", ("", "fd00::1", 0)),
+        ("domain\\me@host", ("domain\\me", "host", 0)),
+        ("me@corp@host", ("me@corp", "host", 0)),
+    ],
+)
+def test_addresses(text: str, found: tuple[str, str, int]) -> None:
+    assert parse_address(text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "-oProxyCommand=id", "a b", "host:", "host:0", "host:x", "me@", "@host", "$(id)", "h;id", "h\n", "-l@h"],
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(UsageProblem):
+        parse_address(text)
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "..", "x" * 65, "a\n"])
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(UsageProblem):
+        check_pool_name(name)
+
+
+def test_many_writers_lose_nothing(tmp_path: Path) -> None:
+    threads = [
+        threading.Thread(target=Pools(tmp_path).put, args=(Pool(name=f"p{number}", host="h"),)) for number in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(Pools(tmp_path).all()) == 20
+    assert Pools(tmp_path).file.stat().st_mode & 0o077 == 0
+
+
+def test_targets(tmp_path: Path) -> None:
+    pools = Pools(tmp_path)
+    with pytest.raises(UsageProblem, match="no pool is known"):
+        pools.chosen([], False)
+    pools.put(Pool(name="a", host="h"))
+    assert [pool.name for pool in pools.chosen([], False)] == ["a"]
+    pools.put(Pool(name="b", host="h"))
+    with pytest.raises(UsageProblem, match="which pool"):
+        pools.chosen([], False)
+    assert [pool.name for pool in pools.chosen(["b", "a", "b"], False)] == ["b", "a"]
+    assert [pool.name for pool in pools.chosen([], True)] == ["a", "b"]
+
+
+def test_a_pin_replaces_the_old_one_and_leaves_others(tmp_path: Path) -> None:
+    pools = Pools(tmp_path)
+    pools.pin("llorch-pool-a", ["ssh-ed25519 AAA"])
+    pools.pin("llorch-pool-ab", ["ssh-ed25519 CCC"])
+    pools.pin("llorch-pool-a", ["ssh-ed25519 BBB"])
+    assert sorted(pools.known_hosts.read_text().splitlines()) == [
+        "llorch-pool-a ssh-ed25519 BBB",
+        "llorch-pool-ab ssh-ed25519 CCC",
+    ]
+    pools.put(Pool(name="a", host="h", host_key="SHA256:x"))
+    pools.remove("a")
+    assert pools.known_hosts.read_text() == "llorch-pool-ab ssh-ed25519 CCC\n" and pools.all() == {}
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    pools = Pools(tmp_path)
+    pools.file.write_text("{")
+    with pytest.raises(CliError, match=r"pools\.json can't be read"):
+        pools.all()
