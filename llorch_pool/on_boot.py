@@ -35,14 +35,14 @@ def unit_text(context: Context) -> str:
     return (
         "[Unit]\nDescription=Bring llorch workers back after a reboot\nAfter=network-online.target\n\n"
         "[Service]\nType=oneshot\nRemainAfterExit=yes\nKillMode=process\nTimeoutStartSec=infinity\n"
-        f"{environment}ExecStart={_quoted(sys.executable)} -m llorch_pool worker restore\n\n"
+        f"{environment}ExecStart={_quoted(sys.executable).replace('$', '$$')} -m llorch_pool worker restore\n\n"
         "[Install]\nWantedBy=default.target\n"
     )
 
 
 def _quoted(value: str) -> str:
-    r"""As systemd.syntax(7) wants it: quotes and backslashes escaped, `%` and `$` doubled."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    r"""As systemd.syntax(7) wants it: quotes and backslashes escaped, `%` doubled. (`$` is plain in Environment=.)"""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 
 

@@ -174,7 +174,7 @@ def test_the_unit_for_boot_quotes_what_it_holds(context: Context, tmp_path: Path
 
     context.environ = {**context.environ, "LLORCH_MODELS": '/data/my "models" 100% $HOME'}
     text = on_boot.unit_text(context)
-    assert 'Environment="LLORCH_MODELS=/data/my \\"models\\" 100%% $$HOME"' in text
+    assert 'Environment="LLORCH_MODELS=/data/my \\"models\\" 100%% $HOME"' in text
     if shutil.which("systemd-analyze"):
         unit = tmp_path / on_boot.UNIT
         unit.write_text(text)
