@@ -13,6 +13,8 @@ import platform
 import random
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -152,20 +154,28 @@ def _measure(contenders: list[Contender], workload: Workload, rounds: int) -> di
     for round_number in range(rounds + 1):
         jobs = workload.jobs(vocab_size, seed=round_number)
         for contender in contenders:
+            cpu = time.process_time()
             run = contender.run(jobs)
+            run.cpu_seconds = time.process_time() - cpu
             if round_number:  # the first round warms up
                 runs[contender.name].append(run)
     mine = runs[ours.name]
     return {
         "name": workload.name,
         "tokens_per_second": {name: round(median(r.tokens / r.seconds for r in rs), 1) for name, rs in runs.items()},
-        "ratio_to": {
-            name: round(median(theirs.seconds / own.seconds for own, theirs in zip(mine, rs, strict=True)), 3)
-            for name, rs in runs.items()
-            if name != ours.name
-        },
+        "ratio_to": _ratios(runs, mine, lambda run: run.seconds),
+        "cpu_ratio_to": _ratios(runs, mine, lambda run: run.cpu_seconds),
         "first_token_ms": _median_ms([t for r in mine for t in r.first_token_s]),
         "between_tokens_ms": _median_ms([t for r in mine for t in r.between_tokens_s]),
+    }
+
+
+def _ratios(runs: dict[str, list[Run]], mine: list[Run], cost: Callable[[Run], float]) -> dict[str, float]:
+    """Median over the rounds of (their cost / our cost); above 1 we are cheaper."""
+    return {
+        name: round(median(cost(theirs) / cost(own) for own, theirs in zip(mine, rs, strict=True)), 3)
+        for name, rs in runs.items()
+        if rs is not mine
     }
 
 
@@ -176,18 +186,22 @@ def _median_ms(seconds: list[float]) -> float:
 def _print_table(report: dict[str, Any]) -> None:
     names = list(report["workloads"][0]["tokens_per_second"])
     _say(f"{report['model']}, {report['threads']} threads, {report['machine']}, torch {report['torch']}")
-    _say(f"tokens/s, medians of {report['rounds']} rounds; x: paired ratio, above 1 this engine is faster")
-    head = "".join(f"{name:>24}" for name in names)
+    _say(f"tokens/s, medians of {report['rounds']} rounds; x: paired ratio of times, above 1 we are faster")
+    head = "".join(f"{name:>{30 if index else 10}}" for index, name in enumerate(names))
     _say(f"{'workload':<16}{head}{'first token':>14}{'between':>10}")
     for row in report["workloads"]:
         cells = ""
         for name in names:
             ratio = row["ratio_to"].get(name)
-            cells += f"{row['tokens_per_second'][name]:>{24 if ratio is None else 15}}"
-            cells += "" if ratio is None else f"{f'({ratio:.2f}x)':>9}"
+            cells += f"{row['tokens_per_second'][name]:>10}"
+            cells += "" if ratio is None else _ratio_cell(ratio, row["cpu_ratio_to"][name])
         _say(f"{row['name']:<16}{cells}{row['first_token_ms']:>11} ms{row['between_tokens_ms']:>7} ms")
     for name, reason in report["absent"].items():
         _say(f"not measured: {name} ({reason})")
+
+
+def _ratio_cell(wall: float, cpu: float) -> str:
+    return f"({wall:.2f}x, cpu {cpu:.2f}x)".rjust(20)
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:

@@ -16,10 +16,15 @@ from worker.engine.attention_sdpa import SdpaAttention
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.loader import LoadError
 from worker.engine.packed_batch import PackedBatch, Span
+from worker.engine.scheduler import Chunk
 
 
 class Attention(Protocol):
     """Stores a step's keys and values in the cache and attends to what each sequence has there."""
+
+    def rank(self, chunk: Chunk) -> Any:
+        """Chunks of a single token are laid out in the order of this key, whatever suits the kernel."""
+        ...
 
     def plan(self, batch: PackedBatch) -> Any:
         """Prepare a forward pass over `batch`; the plan is handed to every layer's `attend`."""
@@ -97,7 +102,7 @@ def _self_test(candidate: _Candidate, heads: int, shape: KVShape, device: torch.
     try:
         cache = KVCache(one_layer, num_blocks=1, block_tokens=candidate.block_tokens or 16, device=device)
         attention = candidate.build(cache, heads, 16)
-        batch = PackedBatch([0], [0], [Span(0, 0, 1, [0])], 1, [0], 1)
+        batch = PackedBatch([0], [0], [Span(0, 0, 0, 1, [0])], 1, [0], 1)
         query = torch.ones(1, heads, shape.head_dim, dtype=shape.dtype, device=device)
         values = torch.arange(shape.kv_heads, dtype=shape.dtype, device=device)
         values = values.view(1, -1, 1).expand(1, shape.kv_heads, shape.head_dim).contiguous()

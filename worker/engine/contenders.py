@@ -35,6 +35,7 @@ class Run:
 
     seconds: float
     tokens: int
+    cpu_seconds: float = 0.0
     first_token_s: list[float] = field(default_factory=list[float])
     between_tokens_s: list[float] = field(default_factory=list[float])
 

@@ -44,6 +44,7 @@ class KVCache:
         self.pool = torch.zeros(
             (shape.layers, 2, rows, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
         )
+        self._layers = [pair.unbind(0) for pair in self.pool.unbind(0)]
 
     def rows(self, blocks: list[int], start: int, count: int) -> list[int]:
         """Rows of the tokens [start, start + count) of a sequence that holds `blocks`."""
@@ -52,8 +53,9 @@ class KVCache:
 
     def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values, each [tokens, kv heads, head size], in `rows` [tokens]."""
-        self.pool[layer, 0].index_copy_(0, rows, keys)
-        self.pool[layer, 1].index_copy_(0, rows, values)
+        into_keys, into_values = self._layers[layer]
+        into_keys.index_copy_(0, rows, keys)
+        into_values.index_copy_(0, rows, values)
 
     def paged(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer as [blocks, tokens a block, kv heads, head size], without the spare rows."""

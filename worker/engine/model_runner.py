@@ -76,7 +76,7 @@ class ModelRunner:
         Returns logits [rows, vocabulary], one row for each sampling chunk in order and padding behind them, and the
         indices of the chunks whose numbers are not finite: nothing of theirs can be trusted.
         """
-        batch = pack(chunks, self._padding.missing)
+        batch = pack(chunks, self._attention.rank, self._padding.missing)
         with torch.inference_mode():
             hidden = self._hidden(batch)
             bad = self._bad_spans(hidden, batch)
@@ -100,6 +100,4 @@ class ModelRunner:
         finite = hidden.float().sum(dim=-1).isfinite()
         if bool(finite[: batch.num_tokens].all()):
             return []
-        return [
-            index for index, span in enumerate(batch.spans) if not bool(finite[span.row : span.row + span.count].all())
-        ]
+        return [span.chunk for span in batch.spans if not bool(finite[span.row : span.row + span.count].all())]

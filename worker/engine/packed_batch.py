@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from worker.engine.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows [row, row + count) of the batch are tokens [start, start + count) of a sequence that holds `blocks`."""
+    """Rows [row, row + count) of the batch are tokens [start, start + count) of a sequence that holds `blocks`.
 
+    `chunk` is the place of its chunk in the scheduler's order.
+    """
+
+    chunk: int
     row: int
     start: int
     count: int
@@ -46,18 +51,22 @@ class PackedBatch:
         return self.spans[-1].row + self.spans[-1].count
 
 
-def pack(chunks: list[Chunk], padding_for: Callable[[int], int]) -> PackedBatch:
-    """Lay chunks end to end; `padding_for` says how many rows of padding a number of rows needs."""
+def pack(chunks: list[Chunk], rank: Callable[[Chunk], Any], padding_for: Callable[[int], int]) -> PackedBatch:
+    """Lay chunks end to end: single tokens first, in the order of their `rank`, which the attention chooses.
+
+    `padding_for` says how many rows of padding a number of rows needs.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
-    sampled: list[int] = []
-    for chunk in chunks:
-        spans.append(Span(len(token_ids), chunk.start, chunk.count, chunk.sequence.blocks))
+    last_row = [0] * len(chunks)
+    for index in sorted(range(len(chunks)), key=lambda i: (chunks[i].count > 1, rank(chunks[i]))):
+        chunk = chunks[index]
+        spans.append(Span(index, len(token_ids), chunk.start, chunk.count, chunk.sequence.blocks))
         token_ids.extend(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
         positions.extend(range(chunk.start, chunk.start + chunk.count))
-        if chunk.samples:
-            sampled.append(len(token_ids) - 1)
+        last_row[index] = len(token_ids) - 1
+    sampled = [last_row[index] for index, chunk in enumerate(chunks) if chunk.samples]
     padding = padding_for(len(token_ids))
     token_ids.extend([0] * padding)
     positions.extend([0] * padding)
