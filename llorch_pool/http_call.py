@@ -1,14 +1,12 @@
 """Small HTTP calls to workers and to orchestratord: JSON in, JSON out, a deadline on each. No redirects, no proxy.
 
-Control traffic stays between our own programs; a proxy from the environment would see the worker key.
+Control traffic stays between our own programs; a proxy from the environment would see the worker key. The HTTP modules
+are imported by the first call: most commands on a pool make none, and every one of them starts anew.
 """
 
 from __future__ import annotations
 
-import http.client
-import ssl
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -36,6 +34,8 @@ class NoReplyError(Exception):
 
 def check_url(url: str, flag: str) -> str:
     """`url` without its trailing slash. Raises a usage error that names the flag."""
+    from urllib.parse import urlsplit
+
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -52,10 +52,15 @@ def call(
     method: str, url: str, *, key: str | None = None, body: dict[str, Any] | None = None, timeout_s: float = 2.0
 ) -> Reply:
     """One request. Raises NoReplyError; any HTTP status is a reply."""
+    import http.client
+    from urllib.parse import urlsplit
+
     parts = urlsplit(url)
     host = parts.hostname or ""
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
+        import ssl
+
         context = ssl.create_default_context()
         connection = http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
     else:

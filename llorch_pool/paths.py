@@ -9,7 +9,6 @@ $LLORCH_MODELS | $XDG_DATA_HOME/llorch/models/<name>/  files, model.json   .part
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class Paths:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], hostname: str | None = None) -> Paths:
         """Folders as the environment says; `hostname` defaults to this machine's."""
-        host = re.sub(r"[^A-Za-z0-9._-]", "_", hostname or environ.get("LLORCH_HOSTNAME") or platform.node())
+        host = re.sub(r"[^A-Za-z0-9._-]", "_", hostname or environ.get("LLORCH_HOSTNAME") or os.uname().nodename)
         state = _home(environ, "XDG_STATE_HOME", ".local/state") / "llorch" / (host.lstrip(".") or "localhost")
         models = environ.get("LLORCH_MODELS", "")
         return cls(

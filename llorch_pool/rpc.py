@@ -13,7 +13,6 @@ Starts for every call, so nothing here imports typer, asyncio or the Hub's clien
 from __future__ import annotations
 
 import os
-import platform
 import select
 import sys
 import threading
@@ -55,7 +54,9 @@ def main() -> int:
     output = Output(sys.stdout.buffer)
     # Nothing but events may reach the caller: a print in a library would look like a banner, and stay unseen.
     sys.stdout = sys.stderr
-    output.send(wire.Hello(version=wire.VERSION, protocol=wire.POOL_PROTOCOL, host=platform.node(), pid=os.getpid()))
+    output.send(
+        wire.Hello(version=wire.VERSION, protocol=wire.POOL_PROTOCOL, host=os.uname().nodename, pid=os.getpid())
+    )
     try:
         request = read_request(0)
     except PoolError as error:

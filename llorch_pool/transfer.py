@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import select
 import sys
 import time
@@ -36,7 +35,9 @@ def main() -> int:
     request = msgspec.json.decode(_read_line(0), type=wire.StreamRequest)
     output = Output(sys.stdout.buffer)
     sys.stdout = sys.stderr
-    output.send(wire.Hello(version=wire.VERSION, protocol=wire.POOL_PROTOCOL, host=platform.node(), pid=os.getpid()))
+    output.send(
+        wire.Hello(version=wire.VERSION, protocol=wire.POOL_PROTOCOL, host=os.uname().nodename, pid=os.getpid())
+    )
     context = Context(output.send, timeout_s=request.timeout_s)
     try:
         if request.protocol != wire.POOL_PROTOCOL:

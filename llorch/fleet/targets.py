@@ -80,7 +80,9 @@ def show(outcomes: Sequence[Outcome[Any]], columns: Sequence[Column], form: Form
     """Print what was answered, then say and raise what failed."""
     from llorch.fleet.fanout import settle
 
-    emit(rows_of(outcomes), columns, form)
+    rows = rows_of(outcomes)
+    if rows or form is not Format.TABLE or all(outcome.ok for outcome in outcomes):
+        emit(rows, columns, form)  # a header above nothing would only be in the way of what failed
     settle(outcomes)
 
 
@@ -94,7 +96,10 @@ def confirm(question: str, *, yes: bool) -> None:
         from llorch.errors import UsageProblem
 
         raise UsageProblem(f"{question}: nobody is there to answer", next_step="give -y to go ahead")
-    typer.confirm(question, abort=True, err=True)
+    # Not typer.confirm: it makes Ctrl-C look like a "no", and this has exit code 130.
+    print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def open_registry() -> Pools:
