@@ -188,21 +188,23 @@ def worker_list(output: _Output = "", json: _Json = False) -> None:
 def worker_stop(
     worker_ids: Annotated[list[str], typer.Argument(help="Workers to stop.")],
     grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
+    force: Annotated[bool, typer.Option("--force", help="Also one that `llorch up` would start again.")] = False,
     output: _Output = "",
     json: _Json = False,
 ) -> None:
     """Stop workers: drain, then terminate, then kill."""
-    _run(wire.WorkerStop(worker_ids=worker_ids, grace_s=grace), output, json, grace + 60)
+    _run(wire.WorkerStop(worker_ids=worker_ids, grace_s=grace, force=force), output, json, grace + 60)
 
 
 @worker.command("stop-all")
 def worker_stop_all(
     grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
+    force: Annotated[bool, typer.Option("--force", help="Also those that `llorch up` would start again.")] = False,
     output: _Output = "",
     json: _Json = False,
 ) -> None:
-    """Stop every worker of this machine."""
-    _run(wire.WorkerStop(all=True, grace_s=grace), output, json, grace + 60)
+    """Stop every worker of this machine, but those of `llorch up`."""
+    _run(wire.WorkerStop(all=True, grace_s=grace, force=force), output, json, grace + 60)
 
 
 @worker.command("logs")

@@ -1,4 +1,7 @@
-"""Entry point of `llorch-pool`. `rpc` and `stream` take a short way in, without the command line's libraries."""
+"""Entry point of `llorch-pool`.
+
+`rpc`, `stream` and what supervisors use take a short way in, without the command line's libraries.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,12 @@ def main() -> None:
         from llorch_pool.transfer import main as stream
 
         _leave(stream())
+    if command in ("worker", "model"):
+        from llorch_pool.foreground import is_meant
+        from llorch_pool.foreground import main as supervised
+
+        if is_meant(sys.argv[1:]):
+            _leave(supervised(sys.argv[1:]))
     from llorch_pool.app import run
 
     run()

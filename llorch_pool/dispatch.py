@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import platform
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError, usage_error
 from llorch_wire import pool as wire
+
+if TYPE_CHECKING:
+    from llorch_pool.registry import Registry
 
 
 def execute(context: Context, command: wire.AnyCommand) -> Any:
@@ -88,10 +91,10 @@ def _worker(context: Context, command: wire.AnyCommand) -> Any:
         case wire.WorkerList():
             return lifecycle.list_workers(registry)
         case wire.WorkerStop():
-            ids = [record.worker_id for record in registry.all()] if command.all else command.worker_ids
+            ids = _all_to_stop(context, registry, command) if command.all else command.worker_ids
             if not ids and not command.all:
                 raise usage_error("which worker?", "Name workers, or use --all.")
-            return lifecycle.stop_workers(context, registry, ids, command.grace_s)
+            return lifecycle.stop_workers(context, registry, ids, command.grace_s, force=command.force)
         case wire.WorkerLogs():
             from llorch_pool.logs import show
 
@@ -104,6 +107,18 @@ def _worker(context: Context, command: wire.AnyCommand) -> Any:
             return restore(context)
         case _:
             raise AssertionError(command)
+
+
+def _all_to_stop(context: Context, registry: Registry, command: wire.WorkerStop) -> list[str]:
+    """Every worker here but those that their supervisor would start again; these are said."""
+    ids: list[str] = []
+    for record in registry.all():
+        if not command.force and (pid := record.live_supervisor_pid):
+            text = f"{record.worker_id} stays: `{record.supervisor}` (pid {pid}) runs it and would start it again"
+            context.log(text, "warning")
+        else:
+            ids.append(record.worker_id)
+    return ids
 
 
 def _devices(context: Context) -> list[wire.DeviceInfo]:

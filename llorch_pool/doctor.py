@@ -101,7 +101,9 @@ def _worker_entries(context: Context, registry: Registry, *, fix: bool) -> list[
     dead = ("exited", "pid-reused")
     for info in lifecycle.list_workers(registry):
         subject = f"worker {info.worker_id}"
-        if info.state in dead or (info.state == "rebooted" and not info.on_boot):
+        if info.state in dead and info.supervisor_pid:
+            found.append(Finding(level="warning", subject=subject, text=f"{info.state}: {info.detail}"))
+        elif info.state in dead or (info.state == "rebooted" and not info.on_boot):
             found.append(
                 Finding(
                     level="warning",

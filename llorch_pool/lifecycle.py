@@ -21,6 +21,7 @@ import msgspec
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError, usage_error
 from llorch_pool.http_call import NoReplyError, Reply, call
+from llorch_pool.log_rotation import rotate
 from llorch_pool.process import Identity, Marked, boot_id, is_alive, marked_processes, send, start_time
 from llorch_pool.registry import MARKER, Registry, WorkerRecord
 from llorch_wire.pool import CleanupReport, Progress, StopOutcome, Stray, WorkerInfo, WorkerState
@@ -39,11 +40,16 @@ def inspect(record: WorkerRecord, registry: Registry) -> WorkerInfo:
             reply = health(record, registry)
             state, detail = _health_state(record, reply)
         except NoReplyError as error:
-            state = "starting" if not record.ready else "unresponsive"
+            state = "starting" if not registry.is_ready(record) else "unresponsive"
             detail = f"its process runs, but {record.url or 'it has no address yet'}: {error}"
     if record.stopping and state not in ("exited", "rebooted", "pid-reused"):
         state = "stopping"
     body = {} if reply is None else reply.body
+    supervisor_pid = record.live_supervisor_pid
+    if supervisor_pid:
+        lives = state not in ("exited", "rebooted", "pid-reused")
+        whose = f"`{record.supervisor}` (pid {supervisor_pid}) {'runs it' if lives else 'starts it again'}"
+        detail = f"{detail}; {whose}" if detail else whose
 
     def number(key: str) -> int:
         return int(body[key]) if isinstance(body.get(key), int | float) else 0
@@ -75,6 +81,8 @@ def inspect(record: WorkerRecord, registry: Registry) -> WorkerInfo:
         started_at_ms=record.started_at_ms,
         log=record.log,
         version=str(body.get("version") or ""),
+        supervisor=record.supervisor,
+        supervisor_pid=supervisor_pid,
     )
 
 
@@ -152,20 +160,25 @@ def tail(log: Path, lines: int) -> list[str]:
 
 
 def list_workers(registry: Registry) -> list[WorkerInfo]:
-    """Every worker on record, inspected at once."""
+    """Every worker on record, inspected at once; logs that have become too large are rotated on the way."""
     records = registry.all()
     if not records:
         return []
+    for record in records:
+        if not record.supervisor:  # a supervisor rotates what it writes itself
+            rotate(Path(record.log))
     with ThreadPoolExecutor(min(16, len(records))) as threads:
         return list(threads.map(inspect, records, repeat(registry)))
 
 
 def strays(registry: Registry) -> list[Stray]:
     """Processes that carry this registry's marker, but whose worker's entry is gone or names another process."""
-    alive = {record.worker_id for record in registry.all() if record.identity and is_alive(record.identity)}
-    starting = {record.worker_id for record in registry.all() if not record.pid}
+    carrying = _marked(registry)  # processes first: each has had its entry before it got its marker
+    records = registry.all()
+    alive = {record.worker_id for record in records if record.identity and is_alive(record.identity)}
+    starting = {record.worker_id for record in records if not record.pid}
     found: list[Stray] = []
-    for worker_id, marked in _marked(registry):
+    for worker_id, marked in carrying:
         if worker_id not in alive and worker_id not in starting:
             found.append(Stray(pid=marked.process.pid, worker_id=worker_id, command=marked.command))
     return found
@@ -180,11 +193,24 @@ def _marked(registry: Registry) -> list[tuple[str, Marked]]:
     ]
 
 
-def stop_workers(context: Context, registry: Registry, worker_ids: list[str], grace_s: float) -> list[StopOutcome]:
-    """Stop the named workers side by side. Raises a usage error for an unknown id before anything is stopped."""
+def stop_workers(
+    context: Context, registry: Registry, worker_ids: list[str], grace_s: float, *, force: bool = False
+) -> list[StopOutcome]:
+    """Stop the named workers side by side.
+
+    Raises PoolError for an unknown id, and without `force` for a supervised worker, before anything is stopped.
+    """
     records = [registry.load(worker_id) for worker_id in dict.fromkeys(worker_ids)]
     if grace_s < 0:
         raise usage_error("--grace must not be negative", "Give seconds, 0 to stop without draining.")
+    for record in records:
+        if not force and (pid := record.live_supervisor_pid):
+            raise PoolError(
+                f"{record.worker_id} is run by `{record.supervisor}` (pid {pid}), which would start it again",
+                next_step=f"Stop that one (Ctrl-C where it runs, or `kill {pid}`), or give the worker no more tasks: "
+                f"`llorch worker drain {record.worker_id}`. With --force it is stopped all the same.",
+                code="supervised",
+            )
     if not records:
         return []
     with ThreadPoolExecutor(min(16, len(records))) as threads:
@@ -195,7 +221,7 @@ def stop_workers(context: Context, registry: Registry, worker_ids: list[str], gr
 def _stop(context: Context, registry: Registry, worker_id: str, grace_s: float) -> StopOutcome:
     started = time.monotonic()
     record = registry.load(worker_id)
-    if record.identity is not None and not record.ready:
+    if record.identity is not None and not record.ready and not record.supervisor:
         # Its spawning command holds the lock and waits for it: end the process, and that command cleans up.
         end_process(context, registry, record, record.identity, grace_s=0)
     with registry.held(worker_id, context):
@@ -313,12 +339,20 @@ def cleanup(context: Context, registry: Registry, *, dry_run: bool) -> CleanupRe
             removed.append(worker_id)
     if not dry_run:
         for worker_id in {stray.worker_id for stray in loose}:
-            kill_marked(registry, worker_id)
+            _end_strays(context, registry, worker_id)
     files = _left_files(registry, set(removed) if dry_run else set())
     if not dry_run:
         for path in files:
             path.unlink(missing_ok=True)
     return CleanupReport(entries=removed, strays=loose, files=[path.name for path in files], dry_run=dry_run)
+
+
+def _end_strays(context: Context, registry: Registry, worker_id: str) -> None:
+    """End what carries a dead worker's marker; nothing if the worker was started again meanwhile."""
+    with registry.held(worker_id, context):
+        record = next((record for record in registry.all() if record.worker_id == worker_id), None)
+        if record is None or record.identity is None or not is_alive(record.identity):
+            kill_marked(registry, worker_id)
 
 
 def _left_files(registry: Registry, going: set[str]) -> list[Path]:

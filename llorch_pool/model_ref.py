@@ -48,7 +48,7 @@ class ModelRef:
     def default_name(self) -> str:
         """Name under which the model is kept and served where --name isn't given."""
         last = self.target.rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", last)[:128]
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:128]
         return check_name(name, "model", "--name")
 
 

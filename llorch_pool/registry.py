@@ -16,7 +16,7 @@ from llorch_pool.context import Context
 from llorch_pool.errors import PoolError, usage_error
 from llorch_pool.files import locked, write_atomic
 from llorch_pool.paths import check_name, make_private
-from llorch_pool.process import Identity
+from llorch_pool.process import Identity, is_alive
 
 MARKER = "_LLORCH_SPAWNED"
 """Environment variable of every worker process and its children: `<workers folder>:<worker id>`.
@@ -52,11 +52,26 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     advertise_url: str | None = None
     on_boot: bool = False
     extra_args: list[str] = []
+    supervisor: str = ""
+    supervisor_pid: int = 0
+    supervisor_start_time: int = 0
 
     @property
     def identity(self) -> Identity | None:
         """The process, None before it was started."""
         return Identity(self.pid, self.start_time, self.boot_id) if self.pid else None
+
+    @property
+    def live_supervisor_pid(self) -> int:
+        """Pid of the program that starts this worker again when it dies; 0 where there is none, or none any more."""
+        process = Identity(self.supervisor_pid, self.supervisor_start_time, self.boot_id)
+        return self.supervisor_pid if self.supervisor_pid and is_alive(process) else 0
+
+
+class _PortFile(msgspec.Struct):
+    """What is read here of the file that a worker writes once it takes work."""
+
+    pid: int
 
 
 class Registry:
@@ -89,6 +104,19 @@ class Registry:
                 f"the entry {path} can't be read: {error}",
                 next_step="`llorch-pool worker cleanup` removes damaged entries.",
             ) from error
+
+    def is_ready(self, record: WorkerRecord) -> bool:
+        """Whether the worker has been ready in this life, and so has taken its memory.
+
+        For a supervised one nobody waits here; it says so itself, in its port file.
+        """
+        if record.ready or not record.supervisor:
+            return record.ready
+        try:
+            written = msgspec.json.decode(self.file(record.worker_id, "ready").read_bytes(), type=_PortFile)
+        except (OSError, msgspec.MsgspecError):
+            return False
+        return written.pid == record.pid
 
     def all(self) -> list[WorkerRecord]:
         """Every readable entry, oldest first."""

@@ -43,17 +43,17 @@ _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comm
 
 def spawn(context: Context, request: WorkerSpawn) -> WorkerInfo:
     """Start one worker; returns when it serves (or, with `dry_run`, what would be started). Raises PoolError."""
-    request = _checked(request)
+    request = checked(request)
     registry = Registry(context.paths.workers)
     model = models.resolve(context, request.model)
     need = estimate(Path(model.path), request.slots)
-    record = _record(request, model)
+    record = new_record(request, model)
     if request.dry_run:
         device = devices.choose(list_devices(registry), need, request.device, force=request.force)
-        plan = lifecycle.inspect(_placed(record, device, need), registry)
+        plan = lifecycle.inspect(placed(record, device, need), registry)
         return msgspec.structs.replace(plan, state="planned", detail=" ".join(need.lines(device.kind)))
     with registry.held(record.worker_id, context):
-        record = _claim(context, registry, record, request, need)
+        record = claim(context, registry, record, request, need)
         try:
             if request.worker_key:
                 registry.write_secrets(record.worker_id, {"LLORCH_WORKER_KEY": request.worker_key})
@@ -63,7 +63,7 @@ def spawn(context: Context, request: WorkerSpawn) -> WorkerInfo:
             raise
 
 
-def _checked(request: WorkerSpawn) -> WorkerSpawn:
+def checked(request: WorkerSpawn) -> WorkerSpawn:
     """The request with its URLs and names checked. Raises a usage error that names the option."""
     if request.engine != "torch":
         raise usage_error(f"no engine {request.engine!r}", "--engine takes: torch.")
@@ -90,7 +90,8 @@ def _checked(request: WorkerSpawn) -> WorkerSpawn:
     return msgspec.structs.replace(request, **changes)
 
 
-def _record(request: WorkerSpawn, model: ModelInfo) -> WorkerRecord:
+def new_record(request: WorkerSpawn, model: ModelInfo) -> WorkerRecord:
+    """The entry of a worker that is to be started, without a device yet. Raises a usage error."""
     worker_id = request.worker_id or f"{model.name}-{secrets.token_hex(4)}"
     host = request.host or (local_address(request.orchestrator) if request.orchestrator else "127.0.0.1")
     if not request.worker_key and not _is_loopback(host):
@@ -152,31 +153,37 @@ def list_devices(registry: Registry) -> list[DeviceInfo]:
         if not claimed:
             continue
         workers.setdefault(record.device, []).append(record.worker_id)
-        if not record.ready:
+        if not registry.is_ready(record):
             promised[record.device] = promised.get(record.device, 0) + record.need_bytes
     return devices.with_promises(devices.list_devices(), promised, workers)
 
 
-def _placed(record: WorkerRecord, device: DeviceInfo, need: Need) -> WorkerRecord:
+def placed(record: WorkerRecord, device: DeviceInfo, need: Need) -> WorkerRecord:
+    """The entry with a device and what it promises there."""
     return msgspec.structs.replace(record, device=device.device, need_bytes=need.total(device.kind))
 
 
-def _claim(
-    context: Context, registry: Registry, record: WorkerRecord, request: WorkerSpawn, need: Need
-) -> WorkerRecord:
-    """Choose the device and write the entry that promises its memory, in one locked step."""
+def claim(context: Context, registry: Registry, record: WorkerRecord, request: WorkerSpawn, need: Need) -> WorkerRecord:
+    """Choose the device and write the entry that promises its memory, in one locked step.
+
+    Raises a usage error where a worker of that name runs, PoolError where none of the devices has room.
+    """
     with registry.choosing(context):
         for other in registry.all():
             process = other.identity
             if process is not None and not is_alive(process):
                 continue
             if other.worker_id == record.worker_id:
-                raise usage_error(f"worker {record.worker_id} runs already", "Choose another --id, or stop it first.")
+                which = f" (pid {other.pid})" if other.pid else ""
+                raise usage_error(
+                    f"worker {record.worker_id} runs already{which}",
+                    f"Choose another --id, or stop it first: `llorch-pool worker stop {record.worker_id}`.",
+                )
         _drop_unstarted(registry)
         device = devices.choose(list_devices(registry), need, request.device, force=request.force)
         now = round(time.time() * 1000)
-        log = str(registry.file(record.worker_id, "log"))
-        record = msgspec.structs.replace(_placed(record, device, need), started_at_ms=now, log=log)
+        log = record.log or str(registry.file(record.worker_id, "log"))
+        record = msgspec.structs.replace(placed(record, device, need), started_at_ms=now, log=log)
         registry.save(record)
     shown = device.name if device.kind == "cpu" else f"cuda:{device.index} ({device.name})"
     context.log(f"{record.worker_id}: {record.model} on {shown}, about {gib(record.need_bytes)}")
@@ -305,7 +312,7 @@ def _await_address(
         url = read_ready_file(ready_file) or announced_url(Path(record.log), record.worker_id)
         if url:
             # An advertised address may not work from here (NAT, a proxy): ask at the one that was bound.
-            record = msgspec.structs.replace(record, url=_bound_url(record) if record.advertise_url else url)
+            record = msgspec.structs.replace(record, url=bound_url(record) if record.advertise_url else url)
             registry.save(record)
             return record
         words = lifecycle.log_words(Path(record.log))
@@ -327,7 +334,8 @@ def read_ready_file(path: Path) -> str:
         raise PoolError(f"{path} is not what a worker writes: {error}", next_step="Report this.") from error
 
 
-def _bound_url(record: WorkerRecord) -> str:
+def bound_url(record: WorkerRecord) -> str:
+    """URL at which this machine reaches a worker whose port is known."""
     host = record.host or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"http://[{host}]:{record.port}" if ":" in host else f"http://{host}:{record.port}"

@@ -106,11 +106,15 @@ class WorkerList(Command, frozen=True, kw_only=True, tag="worker.list"):
 
 
 class WorkerStop(Command, frozen=True, kw_only=True, tag="worker.stop"):
-    """Drain, then SIGTERM, then SIGKILL. Empty `worker_ids` with `all` stops every worker here."""
+    """Drain, then SIGTERM, then SIGKILL. Empty `worker_ids` with `all` stops every worker here.
+
+    A worker that another program looks after is refused (with `all`: left out) unless `force`.
+    """
 
     worker_ids: list[str] = []
     all: bool = False
     grace_s: float = 30.0
+    force: bool = False
 
 
 class WorkerLogs(Command, frozen=True, kw_only=True, tag="worker.logs"):
@@ -290,7 +294,11 @@ class PartialFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker as this machine knows it. `state` is what was found now, not what was written down."""
+    """A worker as this machine knows it. `state` is what was found now, not what was written down.
+
+    `supervisor` names the program that started it and starts it again, such as `llorch up`; empty for a worker that
+    stands by itself. `supervisor_pid` is 0 once that program is gone.
+    """
 
     worker_id: str
     state: WorkerState
@@ -318,6 +326,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     started_at_ms: int = 0
     log: str = ""
     version: str = ""
+    supervisor: str = ""
+    supervisor_pid: int = 0
 
 
 class StopOutcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,9 @@ process, entry       another URL, digest   two workers under one name     -> sto
 dead entry           ready, draining       it will notice by itself       -> forget it now, clean up
 nothing              anything              left over                      -> forget it
 process, no entry    -                     stray                          -> clean up
+
+A worker that a `llorch up` runs may be another orchestratord's, and is started again when it dies: being unknown or
+dead is no finding then.
 """
 
 from __future__ import annotations
@@ -69,6 +72,8 @@ def _local(name: str, status: PoolStatus) -> list[Discrepancy]:
     found: list[Discrepancy] = []
     clean = f"llorch worker cleanup -p {name}"
     for worker in status.workers:
+        if worker.supervisor_pid and worker.state not in RUNNING:
+            continue
         if worker.state in ("exited", "pid-reused") or (worker.state == "rebooted" and not worker.on_boot):
             text = f"on record, but it does not run: {worker.detail}"
             found.append(Discrepancy("warning", name, worker.worker_id, text, clean, Repair("cleanup", name)))
@@ -87,13 +92,19 @@ def _local(name: str, status: PoolStatus) -> list[Discrepancy]:
 
 def _twice(name: str, other: str, worker: WorkerInfo) -> Discrepancy:
     text = f"runs on {other} and on {name} under one name: orchestratord sees only one of them"
-    return Discrepancy("error", name, worker.worker_id, text, f"llorch worker stop -p {name} {worker.worker_id}")
+    return Discrepancy("error", name, worker.worker_id, text, _stop(name, worker))
+
+
+def _stop(name: str, worker: WorkerInfo) -> str:
+    if worker.supervisor_pid:
+        return f"on {name}, stop `{worker.supervisor}`: kill {worker.supervisor_pid}"
+    return f"llorch worker stop -p {name} {worker.worker_id}"
 
 
 def _against(name: str, worker: WorkerInfo, row: Mapping[str, Any] | None, now_ms: int) -> list[Discrepancy]:
     """One worker of a pool against what orchestratord has under its name."""
     if worker.state not in RUNNING:
-        if row is not None and row.get("state") in ("ready", "draining"):
+        if row is not None and row.get("state") in ("ready", "draining") and not worker.supervisor_pid:
             text = f"orchestratord has it as {row.get('state')}, but its process is gone"
             command = f"llorch doctor --fix    (forgets {worker.worker_id})"
             return [Discrepancy("error", name, worker.worker_id, text, command, Repair("forget", worker.worker_id))]
@@ -102,7 +113,7 @@ def _against(name: str, worker: WorkerInfo, row: Mapping[str, Any] | None, now_m
         return []
     logs = f"llorch worker logs -p {name} {worker.worker_id}"
     if row is None:
-        if now_ms - worker.started_at_ms < SETTLING_MS:
+        if worker.supervisor_pid or now_ms - worker.started_at_ms < SETTLING_MS:
             return []
         text = f"it runs, but this orchestratord does not know it (it registers at {worker.orchestrator})"
         return [Discrepancy("error", name, worker.worker_id, text, logs)]
@@ -113,8 +124,7 @@ def _against(name: str, worker: WorkerInfo, row: Mapping[str, Any] | None, now_m
     for key, mine in (("url", worker.url), ("model_digest", worker.model_digest)):
         if mine and row.get(key) and row[key] != mine:
             text = f"its {key} is {mine} here and {row[key]} at orchestratord: two workers under one name"
-            command = f"llorch worker stop -p {name} {worker.worker_id}"
-            found.append(Discrepancy("error", name, worker.worker_id, text, command))
+            found.append(Discrepancy("error", name, worker.worker_id, text, _stop(name, worker)))
     return found
 
 

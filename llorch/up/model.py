@@ -3,7 +3,7 @@
     demo                        the bundled model             a folder, file:/path    that folder
     a downloaded model's name   that one                      hf:org/name, an alias   downloaded now, if it isn't there
 
-Downloading is llorch-pool's: it is run as a child, with its progress on this terminal.
+References are llorch-pool's: it is run as a child, with its progress on this terminal.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from llorch.output import clean, say
 from llorch.up.part import child_environment, tied
 from llorch.up.plan import module
 
-DOWNLOAD = ("llorch_pool", "model", "download", "--json")
+RESOLVE = ("llorch_pool", "model", "resolve")
 USE_DEMO = "llorch up --model demo"
 
 
-def resolve(model: str, environ: Mapping[str, str], download: Sequence[str] | None = None) -> str:
+def resolve(model: str, environ: Mapping[str, str], pool: Sequence[str] | None = None) -> str:
     """What to give to a worker as `--model`: `demo` or an absolute path.
 
-    Raises UsageProblem for a path without a model, CliError when a download fails. `download` is the command that
-    the reference is appended to; tests put another one in.
+    Raises UsageProblem for a path without a model, CliError when a download fails. `pool` is the command that the
+    reference is appended to; tests put another one in.
     """
     if not model or not model.isprintable():
         raise UsageProblem("--model must name a model", next_step=USE_DEMO)
@@ -45,7 +45,7 @@ def resolve(model: str, environ: Mapping[str, str], download: Sequence[str] | No
             f"the model folder {path} is not there", next_step=f"llorch up --model hf:{model}    (downloads it)"
         )
     say(f"model {model}: asking llorch-pool for it")
-    return _downloaded(model, environ, module(*DOWNLOAD) if download is None else download)
+    return _asked(model, environ, module(*RESOLVE) if pool is None else pool)
 
 
 def _folder(path: Path) -> str:
@@ -55,7 +55,7 @@ def _folder(path: Path) -> str:
     return str(path.absolute())
 
 
-def _downloaded(model: str, environ: Mapping[str, str], command: Sequence[str]) -> str:
+def _asked(model: str, environ: Mapping[str, str], command: Sequence[str]) -> str:
     with subprocess.Popen(
         tied([*command, "--", model]),
         stdin=subprocess.DEVNULL,

@@ -19,6 +19,9 @@ RESTART_DELAY_MAX_S = 30.0
 WORKER_DRAIN_S = 10.0
 """How long a stop lets running generations end; what is left goes on at the next `llorch up`."""
 
+SUPERVISOR = "llorch up"
+"""What `llorch-pool worker list` says of our workers."""
+
 Kind: TypeAlias = Literal["redis", "orchestratord", "worker"]
 
 
@@ -69,15 +72,29 @@ def orchestratord_plan(options: UpOptions, port: int, redis_url: str, keys: dict
 
 
 def worker_plan(options: UpOptions, worker_id: str, port: int, orchestrator: str, keys: dict[str, str]) -> PartPlan:
-    """One worker, always on loopback: its orchestratord is on this machine."""
-    argv = module("worker", "--model", options.model, "--orchestrator", orchestrator, "--worker-id", worker_id)
-    argv += ["--host", "127.0.0.1", "--port", str(port), "--threads", str(options.threads)]
-    argv += ["--drain-timeout", f"{WORKER_DRAIN_S:g}"]
+    """One worker, always on loopback: its orchestratord is on this machine.
+
+    llorch-pool finds a device with room for it, puts it on record, and becomes it: the process stays our child.
+    """
+    argv = module("llorch_pool", "worker", "spawn", options.model, "--foreground", "--supervisor", SUPERVISOR)
+    argv += ["--id", worker_id, "--host", "127.0.0.1", "--port", str(port), "--orchestrator", orchestrator]
+    argv += ["--log", str(log_file(options.data_dir, worker_id))]
     for flag, value in (("--device", options.device), ("--slots", options.slots)):
         if value is not None:
             argv += [flag, str(value)]
+    argv += ["--", "--threads", str(options.threads), "--drain-timeout", f"{WORKER_DRAIN_S:g}"]
     kept = {name: value for name, value in keys.items() if name == "LLORCH_WORKER_KEY"}
     return PartPlan("worker", worker_id, argv, {**kept, "OMP_NUM_THREADS": str(options.threads)})
+
+
+def release_command(prefix: str) -> list[str]:
+    """Takes the workers that have ended off llorch-pool's record; theirs are the ids that begin with `prefix`."""
+    return module("llorch_pool", "worker", "release", "--supervisor", SUPERVISOR, "--prefix", prefix)
+
+
+def log_file(data_dir: Path, part: str) -> Path:
+    """Where a part's output goes."""
+    return data_dir / "logs" / f"{part}.log"
 
 
 def restart_delay_s(deaths: Sequence[float], now: float) -> float:

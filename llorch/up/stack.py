@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +23,16 @@ from typing import Any
 from llorch.errors import CliError, ExitCode
 from llorch.up.datadir import DataDir, write_json
 from llorch.up.logs import Highlights, LogFile
-from llorch.up.part import Part, describe_exit
+from llorch.up.part import Part, child_environment, describe_exit, tied
 from llorch.up.plan import (
     PartPlan,
     UpOptions,
     is_loopback,
     local_url,
+    log_file,
     orchestratord_plan,
     redis_plan,
+    release_command,
     restart_delay_s,
     worker_plan,
 )
@@ -40,6 +44,7 @@ READY_POLL_S = 0.2
 LOG_POLL_S = 0.5
 REDIS_START_DEADLINE_S = 300.0
 """Redis, which may have much to read. A worker bounds its loading by itself."""
+RELEASE_DEADLINE_S = 10.0
 OWN_EXITS_BEFORE_READY = 2
 USAGE_EXIT = 2
 
@@ -51,6 +56,7 @@ class Plans:
     redis: Callable[[Path, Path], PartPlan] = redis_plan
     orchestratord: Callable[[UpOptions, int, str, dict[str, str]], PartPlan] = orchestratord_plan
     worker: Callable[[UpOptions, str, int, str, dict[str, str]], PartPlan] = worker_plan
+    release: Callable[[str], list[str]] = release_command
 
 
 class Stack:
@@ -98,6 +104,7 @@ class Stack:
                     for helper in helpers:
                         helper.cancel()
                     await self._stopper.stop_parts(self._parts)
+                    await asyncio.to_thread(self._release_workers)
         finally:
             for part in self._parts:
                 part.kill()
@@ -130,7 +137,7 @@ class Stack:
         await self._watch_readiness()
 
     def _part(self, plan: PartPlan, url: str) -> Part:
-        part = Part(plan, url, LogFile(self._data.logs / f"{plan.name}.log"))
+        part = Part(plan, url, LogFile(log_file(self._data.path, plan.name)))
         self._parts.append(part)
         return part
 
@@ -189,6 +196,20 @@ class Stack:
         if self._failure is None:
             self._failure = CliError(message, next_step=f"less {part.log.path}")
         self._stopper.stopping.set()
+
+    def _release_workers(self) -> None:
+        """Take our workers off llorch-pool's record. One that can't be taken off shows there as ended."""
+        if any(part.kind == "worker" and part.pid for part in self._parts):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(
+                    tied(self._plans.release(self._data.prefix())),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=child_environment(os.environ, {}),
+                    start_new_session=True,
+                    timeout=RELEASE_DEADLINE_S,
+                )
 
     # ---- ready -------------------------------------------------------------------------------------------------------
 

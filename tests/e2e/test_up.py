@@ -109,11 +109,61 @@ async def test_sigkill_of_up_leaves_nothing_and_the_folder_goes_on(stack: Stack)
     stack.process.kill()
     stack.process.wait(30)
     wait_gone(everything)
+    assert {(w["worker_id"], w["state"], w["supervisor_pid"]) for w in on_record(stack)} == {
+        (w["worker_id"], "exited", 0) for w in before["workers"]
+    }
     stack.start()
+    assert [w["state"] for w in on_record(stack)] == ["ready"] * 2
     assert [w["worker_id"] for w in stack.parts()["workers"]] == [w["worker_id"] for w in before["workers"]]
     async with aiohttp.ClientSession() as session:
         kept = await Transcript(story.task_id).follow(session, stack.url)
     assert kept.tokens == story.tokens
+
+
+async def test_workers_stand_in_the_pool_s_list_with_what_they_really_are(stack: Stack) -> None:
+    assert stack.process is not None
+    listed = on_record(stack)
+    assert {(w["worker_id"], w["pid"], w["url"]) for w in listed} == {
+        (w["worker_id"], w["pid"], w["url"]) for w in stack.parts()["workers"]
+    }
+    assert [(w["state"], w["model"], w["device"]) for w in listed] == [("ready", "demo", "cpu")] * 2
+    assert {(w["supervisor"], w["supervisor_pid"]) for w in listed} == {("llorch up", stack.process.pid)}
+    killed = stack.parts()["workers"][0]
+    await stack.kill_and_wait_restarted("worker0")
+    deadline = time.monotonic() + 60
+    while True:
+        again = next(w for w in on_record(stack) if w["worker_id"] == killed["worker_id"])
+        if again["state"] == "ready" and again["pid"] == stack.parts()["workers"][0]["pid"]:
+            break
+        assert again["state"] in ("exited", "starting", "ready"), again
+        assert time.monotonic() < deadline, again
+        await asyncio.sleep(0.1)
+    assert again["url"] == killed["url"] and again["pid"] != killed["pid"]
+
+
+def test_a_worker_of_up_is_not_stopped_behind_its_back(stack: Stack) -> None:
+    assert stack.process is not None
+    before = stack.pids()
+    worker_id = stack.parts()["workers"][0]["worker_id"]
+    stopped = pool(stack, "worker", "stop", worker_id)
+    assert stopped.returncode == 1
+    assert f"{worker_id} is run by `llorch up` (pid {stack.process.pid})" in stopped.stderr
+    assert f"llorch worker drain {worker_id}" in stopped.stderr
+    everything = pool(stack, "worker", "stop-all", "--json")
+    assert (everything.returncode, json.loads(everything.stdout)) == (0, [])
+    assert everything.stderr.count("would start it again") == 2
+    cleaned = pool(stack, "worker", "cleanup")
+    assert json.loads(cleaned.stdout)["entries"] == json.loads(cleaned.stdout)["strays"] == []
+    assert stack.pids() == before and all(alive(pid) for pid in before)
+
+
+def pool(stack: Stack, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llorch_pool", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=stack.environment)
+
+
+def on_record(stack: Stack) -> list[dict[str, Any]]:
+    return json.loads(pool(stack, "worker", "list", "--json").stdout)
 
 
 def test_a_second_up_on_the_same_folder_is_refused(stack: Stack) -> None:
@@ -136,6 +186,7 @@ async def test_ctrl_c_leaves_nothing(stack: Stack) -> None:
     assert not [pid for pid in everything if alive(pid)]
     assert not stack.ready_file.exists()
     assert "didn't end within" not in stack.log_file.read_text()
+    assert on_record(stack) == []
     stack.process = None
 
 

@@ -39,6 +39,10 @@ class Stack:
         self.port = free_port()
         self.workers = workers
         self.extra = extra
+        # A registry of workers of its own: what runs here is not this user's.
+        self.environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "XDG_STATE_HOME": str(folder / "state")
+        }  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -49,7 +53,6 @@ class Stack:
         """Start and wait until every worker takes work."""
         command = [sys.executable, "-m", "llorch", "up", "--model", "demo", "--workers", str(self.workers)]
         command += ["--port", str(self.port), "--data-dir", str(self.data_dir), "--ready-file", str(self.ready_file)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.extra],
@@ -57,7 +60,7 @@ class Stack:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=environment,
+                env=self.environment,
             )
         try:
             self._await_ready(self.process)

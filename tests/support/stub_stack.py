@@ -31,8 +31,11 @@ def main() -> int:
         argv = [sys.executable, STUB, "worker", worker_id, str(port), str(folder), mode]
         return PartPlan("worker", worker_id, argv, {})
 
+    def release(_prefix: str) -> list[str]:
+        return [sys.executable, "-I", "-S", "-c", ""]
+
     options = UpOptions(data_dir=data_dir, workers=2, port=port, ready_file=ready_file)
-    plans = Plans(redis, orchestratord, worker)
+    plans = Plans(redis, orchestratord, worker, release)
     try:
         with DataDir(data_dir).open() as data:
 

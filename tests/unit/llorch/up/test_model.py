@@ -8,7 +8,7 @@ import pytest
 from llorch.errors import CliError, UsageProblem
 from llorch.up.model import resolve
 
-# Stands for `llorch-pool model download --json`: says where the model is, or ends as it is told.
+# Stands for `llorch-pool model resolve`: says where the model is, or ends as it is told.
 POOL = """
 import json, pathlib, sys
 separator, ref = sys.argv[2:]

@@ -65,7 +65,9 @@ def test_no_secret_is_in_a_command_line() -> None:
     assert not any("s3cret" in word for part in (daemon, worker, redis) for word in part.argv)
     assert daemon.environment == {**keys, "LLORCH_REDIS_URL": "redis://:s3cret-3@h"}
     assert worker.environment == {"LLORCH_WORKER_KEY": "s3cret-2", "OMP_NUM_THREADS": "3"}
-    assert list(worker.argv[:4]) == [sys.executable, "-P", "-m", "worker"]
+    assert list(worker.argv[:6]) == [sys.executable, "-P", "-m", "llorch_pool", "worker", "spawn"]
+    assert list(worker.argv[worker.argv.index("--") :]) == ["--", "--threads", "3", "--drain-timeout", "10"]
+    assert " --id up-1-1 --host 127.0.0.1 --port 20001 " in " ".join(worker.argv)
     assert " --device cuda:0 --slots 4" in " ".join(worker.argv)
     assert list(redis.argv[4:]) == ["redis", "--data-dir", "/d/redis", "--ready-file", "/d/redis-ready.json"]
 
