@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -33,22 +32,18 @@ from types import TracebackType
 
 import structlog
 
-from llorch_wire.errors import LlorchError
+from orchestratord.redis_folder import EmbeddedRedisError as EmbeddedRedisError
+from orchestratord.redis_folder import lock_folder
 from orchestratord.redis_server import find_server
 
 SOCKET_PATH_BYTES = 100
 """A unix socket's path must be under 108 bytes on Linux and 104 on macOS."""
 READY_S = 60.0
 STOP_S = 10.0
-HOLDER_S = 10.0
 RAPID_S = 60.0
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 LOG_BYTES = 2**20
 _PR_SET_PDEATHSIG = 1
-
-
-class EmbeddedRedisError(LlorchError):
-    """The embedded Redis can't run; the message says why and what to do."""
 
 
 def socket_path(data_dir: Path) -> Path:
@@ -81,7 +76,7 @@ class EmbeddedRedis:
         self._folder = data_dir.expanduser().resolve()
         self._server = server
         self._socket = socket_path(data_dir)
-        self._lock_fd: int | None = None
+        self._lock: int | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -126,7 +121,7 @@ class EmbeddedRedis:
             raise EmbeddedRedisError(
                 f"the data folder {self._folder} can't be used: {error.strerror}; choose another with --data-dir"
             ) from error
-        await self._take_lock()
+        self._lock = await lock_folder(self._folder, self.url)
         await self._spawn()
 
     async def stop(self) -> None:
@@ -137,9 +132,9 @@ class EmbeddedRedis:
             supervisor.cancel()
             await asyncio.wait({supervisor})
         await self._end_server()
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     async def _end_server(self) -> None:
         process, self._process = self._process, None
@@ -154,29 +149,6 @@ class EmbeddedRedis:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-
-    async def _take_lock(self) -> None:
-        path = self._folder / "redis.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline = time.monotonic() + HOLDER_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = _holder(path)
-                # A killed holder's server lives for some milliseconds more, with the lock that it inherited.
-                if (holder is not None and _is_alive(holder)) or time.monotonic() > deadline:
-                    os.close(descriptor)
-                    who = "another process" if holder is None else f"process {holder[0]}"
-                    raise EmbeddedRedisError(
-                        f"{who} runs a Redis on the data folder {self._folder} already: stop it, give this one another "
-                        f"--data-dir, or use that Redis with --redis-url {self.url}"
-                    ) from None
-            await asyncio.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "started": _start_time(os.getpid())}).encode(), 0)
-        self._lock_fd = descriptor
 
     def _arguments(self) -> list[str]:
         options = {
@@ -201,7 +173,7 @@ class EmbeddedRedis:
         logged = log_file.stat().st_size if log_file.exists() else 0
         parent = os.getpid()
         set_death_signal = _death_signal_setter()
-        descriptor = self._lock_fd
+        descriptor = self._lock
         assert self._server is not None and descriptor is not None
 
         def in_child() -> None:
@@ -319,41 +291,6 @@ def _death_signal_setter() -> Callable[[], None]:
         return lambda: None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _start_time(pid: int) -> str | None:
-    """Start time of a process (field 22 of /proc/<pid>/stat), which tells it from a later one with the same id."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _holder(lock: Path) -> tuple[int, str | None] | None:
-    try:
-        content = json.loads(lock.read_text())
-        return int(content["pid"]), content["started"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _is_alive(holder: tuple[int, str | None]) -> bool:
-    pid, started = holder
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    state = _process_state(pid)
-    return state != "Z" and (started is None or _start_time(pid) == started)
-
-
-def _process_state(pid: int) -> str | None:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return None
 
 
 async def _answers(path: Path) -> bool:
