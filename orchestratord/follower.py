@@ -30,6 +30,10 @@ class Follower:
         self.looked_at = now
         """When something last came, or the log was last looked into."""
         self.woken_at = now
+        self.doubted_at = now
+        """When something last came, or the log was last asked whether it still leads on from here."""
+        self.undone = False
+        """A failover has undone what the ring holds: the log has ended before it, or is gone."""
         self.relayed_here = False
         self.queue_position: int | None = None
         """Last one told, None once the task has started."""
@@ -53,7 +57,7 @@ class Follower:
 
     def push_tokens(self, items: Sequence[StreamItem], now: float) -> None:
         """`push` for tokens alone: the hot path."""
-        self.looked_at = now
+        self.looked_at = self.doubted_at = now
         self.items += items
         if len(self.items) >= 2 * RING_ITEMS:  # cut rarely, a half at a time
             self._drop(len(self.items) - RING_ITEMS)

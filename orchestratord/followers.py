@@ -36,6 +36,8 @@ PAGE = 512
 CATCHERS = 4
 TICK_S = 1.0
 RETRY_S = 0.2
+DOUBT_S = 5.0
+"""Silence after which a follower asks whether the log still leads on from where it is."""
 MAX_QUEUE_LOOKS = 200
 """Waiting streams whose queue position is looked up in one second; with more, each is refreshed less often."""
 
@@ -181,8 +183,9 @@ class Followers:
         """Everything from the ring on, each item once; [] after `keep_alive_s` of silence."""
         at, aligned, yielded_at = follower.base, False, self._now()
         while not cursor.finished:
-            if self._closing or at < follower.base:
-                self._house.observations.count("readers_cut_off", "stopping" if self._closing else "behind")
+            if self._closing or follower.undone or at < follower.base:
+                why = "stopping" if self._closing else "undone" if follower.undone else "behind"
+                self._house.observations.count("readers_cut_off", why)
                 return
             items = follower.items[at - follower.base :]
             at = follower.end
@@ -246,7 +249,20 @@ class Followers:
             follower.looked_at = self._now()
             follower.push(follower.cursor.fresh(entries), follower.looked_at)
             if len(entries) < PAGE:
+                await self._doubt(follower)
                 return
+
+    async def _doubt(self, follower: Follower) -> None:
+        """End the readers of a task that a failover has taken back to before what they have, and that ended there, or
+        is unknown: nothing will ever come after their place. They learn it when they resume."""
+        now = self._now()
+        if now - follower.doubted_at < DOUBT_S or follower.cursor.finished:
+            return
+        follower.doubted_at = now
+        bounds = await self._house.store.log_bounds(follower.task_id)
+        if bounds is None or (bounds[2] and parse_position(bounds[1]) < follower.cursor.position):
+            follower.undone = True
+            follower.wake(now)
 
     async def _tell_positions(self) -> None:
         """`queued` again, without an id, where a waiting task's position has changed."""

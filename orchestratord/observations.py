@@ -25,7 +25,7 @@ CounterName: TypeAlias = Literal[
     "forecast_starts",  # label: verdict: `within_p50`, `within_p90`, `late`
     "workers_lost",  # label: reason: `lease`, `stall`, `connection`, `instance`
     "store_errors",  # label: operation
-    "readers_cut_off",  # label: reason: `behind`, `stopping`
+    "readers_cut_off",  # label: reason: `behind`, `stopping`, `undone` (by a failover)
     "commits",  # label: "" ; one append pipeline each
     "webhooks",  # label: outcome
     "tasks_retired",  # label: ""

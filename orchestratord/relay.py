@@ -109,6 +109,11 @@ class Relay:
                 return Faulted(f"{idle} connections in a row brought nothing; the last: {outcome.why}")
             await asyncio.sleep(idle * random.uniform(0.1, 0.2))
 
+    def rewind(self, index: int) -> None:
+        """The log's tail was rolled back by a failover: read the generation again from there."""
+        self.next_index = index
+        self.first_index = min(self.first_index, index)
+
     async def _ask(self, broken: Broken) -> Outcome | None:
         """After a broken connection: None when the generation may still be there and is still this replica's."""
         verdict = await self._house.watch.verdict(self.task, broken.why)
@@ -135,9 +140,8 @@ class Relay:
             return Broken(str(error), sent=error.sent)
         except (StreamLostError, WorkerStalledError) as error:
             return Broken(str(error))
-        except LogGapError as gap:  # the log's tail was rolled back by a failover: read it again from there
-            self.next_index = gap.expected_index
-            self.first_index = min(self.first_index, gap.expected_index)
+        except LogGapError as gap:
+            self.rewind(gap.expected_index)
             return Broken("the log is behind")
         except (msgspec.DecodeError, SseOverflowError):
             return Faulted("the worker sent something that is no event of this protocol")

@@ -10,6 +10,7 @@ import structlog
 from orchestratord.outcomes import Disowned, Faulted, Outcome, TurnedAway, Vanished
 from orchestratord.relay import Relay, Start
 from orchestratord.settle import Settlement
+from orchestratord.store.errors import LogGapError
 from orchestratord.store.types import RunningTask
 
 if TYPE_CHECKING:
@@ -87,12 +88,25 @@ class Relays:
             return
         self._running[task.task_id] = (relay, asyncio.current_task())
         try:
-            outcome = await self._outcome(relay)
-            if not relay.stopped:
-                relay.settling = True
-                await self._settlement.settle(relay, outcome)
+            while not await self._relayed_and_settled(relay):
+                pass
         finally:
             self._remove(relay)
+
+    async def _relayed_and_settled(self, relay: Relay) -> bool:
+        """False when the log turned out to lack what was relayed already: a failover undid it, and it goes again."""
+        outcome = await self._outcome(relay)
+        if relay.stopped:
+            return True
+        relay.settling = True
+        try:
+            await self._settlement.settle(relay, outcome)
+        except LogGapError as gap:
+            self._log.warning("the log is behind", task_id=relay.task.task_id, tokens=gap.expected_index)
+            relay.settling = False
+            relay.rewind(gap.expected_index)
+            return False
+        return True
 
     async def _outcome(self, relay: Relay) -> Outcome:
         try:

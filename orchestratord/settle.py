@@ -68,7 +68,8 @@ class Settlement:
         self._log = structlog.get_logger("orchestratord.settle")
 
     async def settle(self, relay: Relay, outcome: Outcome) -> None:
-        """The store first, then the worker. Waits for Redis as long as it takes."""
+        """The store first, then the worker. Waits for Redis as long as it takes. Raises LogGapError, and nothing has
+        changed, when the attempt has ended and the log's tail is gone (a failover undid it): relay it again."""
         task = relay.task
         match outcome:
             case Ended(event):
@@ -97,13 +98,17 @@ class Settlement:
 
     async def _complete(self, relay: Relay, event: EndEvent | ErrorEvent) -> None:
         house, task = self._house, relay.task
+        needed = 0
         if isinstance(event, EndEvent):
-            event = msgspec.structs.replace(event, tokens_out=relay.next_index)
+            needed = relay.next_index
+            event = msgspec.structs.replace(event, tokens_out=needed)
         else:
             payload = await until_stored(lambda: house.store.payload(task.task_id), house.observations, "payload")
             event = without_quotes(event, payload or b"")
         ended = await until_stored(
-            lambda: house.store.complete(task.task_id, task.attempt, event), house.observations, "complete"
+            lambda: house.store.complete(task.task_id, task.attempt, event, tokens=needed),
+            house.observations,
+            "complete",
         )
         if ended:
             house.followers.feed_end(task.task_id, task.attempt, event, relay.next_index)

@@ -3,7 +3,7 @@
 LlorchError
 ├── StoreUnavailableError   Redis can't be reached in time, or refuses writes (full, read-only, loading)
 ├── StoreUrlError           the Redis URL isn't one
-└── LogGapError             a caller tried to append tokens beyond the end of a log
+└── LogGapError             a caller tried to append tokens, or the end, beyond the end of a log
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StoreUrlError(LlorchError):
 
 
 class LogGapError(LlorchError):
-    """Tokens were to be appended beyond the end of a task's log. Nothing of that batch was written."""
+    """Tokens, or the terminal event, were to be appended beyond the end of a task's log. Nothing was written."""
 
     def __init__(self, task_id: str, expected_index: int, first_index: int) -> None:
         super().__init__(

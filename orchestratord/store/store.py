@@ -152,10 +152,11 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
         await self._run("record_prompt_tokens", task_id, attempt, tokens_in)
 
     async def complete(
-        self, task_id: str, attempt: int, event: EndEvent | ErrorEvent, *, now_ms: int | None = None
+        self, task_id: str, attempt: int, event: EndEvent | ErrorEvent, *, tokens: int = 0, now_ms: int | None = None
     ) -> bool:
         """Ends a running attempt's task: seals its log, frees the slot, settles virtual time, measures the service.
-        False, and nothing changed, when the attempt isn't the running one."""
+        False, and nothing changed, when the attempt isn't the running one. Raises LogGapError, and nothing changed,
+        when the log holds fewer than `tokens` tokens: a failover has undone the end of it."""
         if isinstance(event, EndEvent):
             state = "cancelled" if event.stop_reason == "CANCELLED" else "completed"
             counts = (event.tokens_in, event.cached_tokens, int(state == "completed"))
@@ -171,7 +172,10 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
             event.EVENT,
             encode_data(event),
             *counts,
+            tokens,
         )
+        if reply < 0:
+            raise LogGapError(task_id, -1 - reply, tokens)
         return bool(reply)
 
     async def cancel(self, task_id: str, tenant: str | None, *, now_ms: int | None = None) -> CancelOutcome | None:

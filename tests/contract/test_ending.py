@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from llorch_wire.events import TERMINAL_SEQUENCE, EndEvent, ErrorEvent
+from orchestratord.store.errors import LogGapError
 from orchestratord.store.store import Store
 from orchestratord.store.types import CancelOutcome, RequeueOutcome
 from tests.contract.values import (
@@ -53,6 +54,17 @@ async def test_complete_seals_frees_and_records(store: Store) -> None:
     assert await store.finished(T + 50) == ["a"] and await store.finished(T + 49) == []
 
 
+async def test_an_end_beyond_the_log_is_refused(store: Store) -> None:
+    """After a failover had undone a log's tail, the task ended with a text that lacked it."""
+    await running(store, "a")
+    await store.append([batch("a", 1, 0, 3)])
+    with pytest.raises(LogGapError) as caught:
+        await store.complete("a", 1, end(5), tokens=5, now_ms=T)
+    assert caught.value.expected_index == 3
+    await store.append([batch("a", 1, 3, 2)])
+    assert await store.complete("a", 1, end(5), tokens=5, now_ms=T)
+
+
 async def test_only_the_running_attempt_can_complete(store: Store) -> None:
     await running(store, "a")
     assert not await store.complete("a", 2, end(), now_ms=T)
@@ -81,7 +93,7 @@ async def test_a_repeated_call_gives_the_first_ones_answer(store: Store) -> None
     run = store._run  # pyright: ignore[reportPrivateUsage]
     await running(store, "a")
     await running(store, "b")
-    completed = ("complete", T, "c1", "a", 1, "failed", "error", b'{"code":"X","message":"y"}', 0, 0, 0)
+    completed = ("complete", T, "c1", "a", 1, "failed", "error", b'{"code":"X","message":"y"}', 0, 0, 0, 0)
     assert [await run(*completed), await run(*completed)] == [1, 1]
     requeued = ("requeue", T, "c2", "b", 1, "worker_lost", 1, 0, "", 0, 3, b"{}")
     assert [await run(*requeued), await run(*requeued)] == [[b"queued", 1]] * 2

@@ -2,7 +2,9 @@
 -- KEYS   1 anchor
 -- ARGV   1 now_ms or ''  2 call id  3 task id  4 attempt  5 state (completed|failed|cancelled)  6 end|error
 --        7 event (JSON)  8 tokens in, 0 if unknown  9 cached tokens  10 measure the service (1|0)
--- Returns 1 when this call ended it; 0 when the attempt is not the running one, and nothing changed.
+--        11 tokens that the log must hold
+-- Returns 1 when this call ended it; 0 when the attempt is not the running one, and nothing changed; -1 - n when the
+--        log holds only n tokens (a failover undid the rest), and nothing changed.
 -- Event  <attempt>-<max> end or error
 --@include tasks
 
@@ -12,6 +14,7 @@ local call = ARGV[2]
 local task = task_hash(ARGV[3])
 if not task or task.attempt ~= ARGV[4] then return 0 end
 if task.state ~= 'running' then return task.last_call == call and 1 or 0 end
+if tonumber(task.tokens_logged) < tonumber(ARGV[11]) then return -1 - tonumber(task.tokens_logged) end
 
 -- Exponentially weighted mean and variance (West, "Updating mean and variance estimates", 1979): the first samples
 -- count equally, later ones with a weight of a tenth.

@@ -1,0 +1,106 @@
+"""A failover of Sentinel undoes the last writes. What is left must still lead every surviving task to a whole end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+import redis as redis_py
+
+from llorch_wire.errors import ApiError
+from llorch_wire.events import EndEvent
+from orchestratord import followers
+from tests.integration.house import TENANT, Town, read_all, tokens_of, until
+from tests.support.scripted_worker import expected
+
+
+def snapshot(town: Town) -> dict[bytes, bytes]:
+    """Everything in Redis, at one instant."""
+    with contextlib.closing(redis_py.Redis.from_url(town.redis.url)) as client:
+        names = client.keys("*")
+        pipe = client.pipeline()
+        for name in names:
+            pipe.dump(name)
+        return {name: value for name, value in zip(names, pipe.execute(), strict=True) if value is not None}
+
+
+def undo(town: Town, saved: dict[bytes, bytes]) -> None:
+    """Redis is as it was then, at once."""
+    with contextlib.closing(redis_py.Redis.from_url(town.redis.url)) as client:
+        pipe = client.pipeline()
+        pipe.flushall()
+        for name, value in saved.items():
+            pipe.restore(name, 0, value)
+        pipe.execute()
+
+
+async def test_tokens_that_were_undone_are_read_again(town: Town) -> None:
+    orchestrator = await town.replica()
+    worker = await town.worker(slots=4, token_ms=10)
+    ids = [await town.submit(seed=seed, max_tokens=120, ignore_eos=True) for seed in range(4)]
+    reading = [asyncio.create_task(read_all(orchestrator.follow(task_id, TENANT))) for task_id in ids]
+    await until(lambda: worker.counts["tokens"] > 80, "tokens came")
+    saved = snapshot(town)
+    await until(lambda: worker.counts["tokens"] > 240, "more tokens came")
+    undo(town, saved)
+    for seed, items in enumerate(await asyncio.gather(*reading)):
+        assert tokens_of(items) == expected(seed, 120, ignore_eos=True)[0]
+    for seed, task_id in enumerate(ids):
+        items = await read_all(orchestrator.follow(task_id, TENANT))
+        assert tokens_of(items) == expected(seed, 120, ignore_eos=True)[0], "the log is whole"
+    assert town.recomputed() == 0
+    await town.audit()
+
+
+async def test_an_end_never_stands_after_a_log_that_lacks_its_tokens(town: Town) -> None:
+    """The last tokens were undone between their append and the end: the task was completed with a text without them."""
+    orchestrator = await town.replica()
+    await town.worker(slots=1, token_ms=10)
+    store = town.replicas[0].store
+    saved: dict[bytes, bytes] = {}
+    complete = store.complete
+
+    async def late(*args: object, **options: object) -> bool:
+        if not tried:
+            undo(town, saved)
+        tried.append(1)
+        return await complete(*args, **options)  # type: ignore[arg-type]
+
+    tried: list[int] = []
+    store.complete = late  # type: ignore[method-assign]
+    task_id = await town.submit(seed=3, max_tokens=40, ignore_eos=True)
+    reading = asyncio.create_task(read_all(orchestrator.follow(task_id, TENANT)))
+    await until(lambda: town.workers[0].counts["tokens"] >= 20, "tokens came")
+    saved |= snapshot(town)
+    items = await reading
+    assert tokens_of(items) == expected(3, 40, ignore_eos=True)[0]
+    assert isinstance(items[-1].event, EndEvent)
+    assert tokens_of(await read_all(orchestrator.follow(task_id, TENANT))) == expected(3, 40, ignore_eos=True)[0]
+    assert len(tried) == 2
+    await town.audit()
+
+
+async def test_a_reader_beyond_an_end_that_history_now_has_is_told(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower in attempt 2 waited for ever once its task had been taken back to attempt 1 and cancelled there."""
+    monkeypatch.setattr(followers, "DOUBT_S", 0.5)
+    orchestrator = await town.replica()
+    doomed = await town.worker("w1", slots=2, token_ms=10)
+    ids = [await town.submit(seed=seed, max_tokens=2_000, ignore_eos=True) for seed in range(2)]
+    reading = [asyncio.create_task(read_all(orchestrator.follow(task_id, TENANT))) for task_id in ids]
+    before = snapshot(town)
+    del before[f"{{o}}:task:{ids[1]}".encode()], before[f"{{o}}:log:{ids[1]}".encode()]
+    await until(lambda: doomed.counts["tokens"] > 40, "tokens came")
+    survivor = await town.worker("w2", slots=2, token_ms=10)
+    await doomed.die()
+    await until(lambda: survivor.counts["tokens"] > 40, "they go on in attempt 2")
+    undo(town, before)
+    await orchestrator.cancel(ids[0], TENANT)
+    undone, gone = await asyncio.gather(*reading)
+    assert not any(isinstance(items[-1].event, EndEvent) for items in (undone, gone))
+    with pytest.raises(ApiError) as caught:
+        await read_all(orchestrator.follow(ids[0], TENANT, undone[-1].position))
+    assert caught.value.code == "CONFLICT"
+    with pytest.raises(ApiError) as caught:
+        await read_all(orchestrator.follow(ids[1], TENANT, gone[-1].position))
+    assert caught.value.code == "NOT_FOUND"
