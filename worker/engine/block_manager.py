@@ -139,10 +139,15 @@ class BlockManager:
         sequence.num_computed = 0
         self._drop_reservation(sequence)
 
-    def forget(self, sequence: Sequence) -> None:
-        """Unpublish every block that the sequence holds: what it computed can't be trusted."""
-        for block in sequence.blocks:
+    def forget(self, sequence: Sequence) -> list[int]:
+        """Unpublish and name the blocks that the sequence alone holds: what it computed can't be trusted.
+
+        Those it shares were published before, so a forward pass over them went well, and others are reading them.
+        """
+        own = [block for block in sequence.blocks if self._holders[block] == 1]
+        for block in own:
             self._unpublish(block)
+        return own
 
     def _unpublish(self, block: int) -> None:
         key = self._key_of[block]

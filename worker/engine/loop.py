@@ -4,7 +4,7 @@ Nothing overlaps a step: cancels are taken between steps, so blocks are only eve
 
     what goes wrong                          who pays for it
     a request that can't run                 that request (ERROR), before it becomes a sequence
-    numbers that aren't finite               the sequence whose rows they are in; its blocks are zeroed
+    numbers that aren't finite               the sequence whose rows they are in; its own blocks are zeroed
     an exception in a step                   each chunk runs again alone: the culprit (ERROR), nobody else
     no memory for a step                     the youngest waits (preempted); alone and still none: that one (VRAM_OOM)
     an error of the device (CUDA)            the process: it exits, and the supervisor starts another
@@ -193,8 +193,7 @@ class EngineLoop:
 
     def _spoiled(self, sequence: Sequence) -> None:
         self._step_failures += 1
-        self._blocks.forget(sequence)
-        self._cache.scrub(sequence.blocks)
+        self._cache.scrub(self._blocks.forget(sequence))
         message = "the model's numbers overflowed on this request; try another dtype (float32 or bfloat16)"
         self._fail(sequence, ErrorCode.INTERNAL, message)
 

@@ -34,6 +34,7 @@ class Scheduler:
             raise ValueError("the token budget of a step must cover one token for each slot")
         self._blocks = blocks
         self._slots = slots
+        self._most_running = slots  # fewer while memory for a step is short
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -71,6 +72,7 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         self._blocks.release(sequence)
+        self._most_running = self._slots
 
     def schedule(self) -> list[Chunk]:
         """The next step: decode rows first, then prefill chunks. Empty only when there is no work."""
@@ -83,7 +85,7 @@ class Scheduler:
         for sequence in self._running:
             if budget > 0 and sequence.num_pending > 1:
                 budget -= self._prefill(sequence, budget, chunks)
-        while budget > 0 and self._waiting and len(self._running) < self._slots:
+        while budget > 0 and self._waiting and len(self._running) < self._most_running:
             sequence = self._waiting[0]
             hits = self._blocks.match_prefix(sequence)
             if not self._blocks.can_admit(sequence, hits, self._watermark()):
@@ -106,10 +108,11 @@ class Scheduler:
         self.add(sequence)
 
     def preempt_youngest(self) -> bool:
-        """Preempt the last comer of several that run; False when fewer than two run."""
+        """Preempt the last comer of several that run, and admit nobody until one ends; False when fewer than two run."""
         if len(self._running) < 2:
             return False
         self.preempt(self._running[-1])
+        self._most_running = len(self._running)
         return True
 
     def check_integrity(self) -> None:
