@@ -31,6 +31,7 @@ from orchestratord.jobs.webhooks import WebhookPolicy, Webhooks
 from orchestratord.logging import describe_exception
 from orchestratord.metrics import Metrics
 from orchestratord.observations import Observations
+from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator, RuntimeSettings
 from orchestratord.settings import Settings, SettingsError, redacted_url
 from orchestratord.store.errors import StoreUnavailableError
@@ -112,6 +113,7 @@ async def _run(settings: Settings, parts: Parts, stopping: asyncio.Event) -> Non
         structlog.get_logger("orchestratord").info("stopping", deadline_ms=settings.drain_timeout_ms)
         await parts.orchestrator.stop(settings.drain_timeout_ms / 1000)
         parts.server.should_exit = True
+        await end_tasks([announcing, working])
 
 
 def runtime_settings(settings: Settings, url: str) -> RuntimeSettings:

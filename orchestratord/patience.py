@@ -35,13 +35,20 @@ def backoff_ms(failures: int, *, first_ms: int = 200, longest_ms: int = 10_000, 
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel until they are done.
+    """Cancel until they are done, even if the caller is cancelled meanwhile (which it learns then).
 
     Once is not enough: before Python 3.12 `asyncio.wait_for`, which redis-py sends its commands with, swallows a
     cancellation that comes in the same turn of the loop as its result (python/cpython#86296).
     """
+    cancelled = False
     waiting = {task for task in tasks if not task.done()}
     while waiting:
         for task in waiting:
             task.cancel()
-        _, waiting = await asyncio.wait(waiting, timeout=0.1)
+        try:
+            await asyncio.wait(waiting, timeout=0.1)
+        except asyncio.CancelledError:
+            cancelled = True
+        waiting = {task for task in waiting if not task.done()}
+    if cancelled:
+        raise asyncio.CancelledError

@@ -33,6 +33,7 @@ from orchestratord.jobs.retention import Retention
 from orchestratord.jobs.webhooks import Webhooks
 from orchestratord.logging import describe_exception
 from orchestratord.observations import Observations
+from orchestratord.patience import end_tasks
 from orchestratord.store.connection import make_client, parse_url
 from orchestratord.store.errors import StoreUrlError
 from orchestratord.store.store import Store
@@ -76,8 +77,11 @@ class Jobs:
             worker = self._worker(redis)
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(worker.async_run())
-                    group.create_task(self._feed_webhooks(redis))
+                    parts = [group.create_task(worker.async_run()), group.create_task(self._feed_webhooks(redis))]
+                    try:
+                        await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        await end_tasks(parts)  # a group cancels once, which may get lost
             except* _FAILURES as failures:
                 if not complained:
                     self._log.warning("background jobs pause", **describe_exception(failures.exceptions[0]))
