@@ -25,6 +25,7 @@ from tests.chaos.support.town import CLIENT_KEY, DEMO, SCRIPTED
 SILENCE_S = 3.5
 """Replicas comment at least once a second: a stream that is silent for longer is given up, and followed elsewhere."""
 TERMINAL = ("end", "error")
+REFUSALS = ("NOT_FOUND", "CONFLICT", "GONE")
 TROUBLE = (aiohttp.ClientError, OSError, TimeoutError, SseOverflowError)
 
 
@@ -221,9 +222,13 @@ class Clients:
             events.append([frame.event, own_id, frame.data.decode()])
         await self.ledger.write({"k": "ev", "task": task.task_id, "n": task.connections, "e": events})
         task.cursor = previous
-        for name, _, _ in events:
+        for name, position, data in events:
             task.tokens += name == "token"
             if name in TERMINAL:
+                if position is None and orjson.loads(data)["code"] in REFUSALS:
+                    # Redis was slow, so that the refusal came in the open stream instead of as a status.
+                    await self._gone(task, orjson.loads(data)["code"])
+                    return True
                 task.terminal = name
         if task.cancel_at is not None and task.tokens >= task.cancel_at and task.terminal is None:
             task.cancel_at = None
@@ -236,17 +241,15 @@ class Clients:
     async def _refused(self, task: Task, reply: aiohttp.ClientResponse) -> None:
         body = await reply.read()
         if reply.status in (404, 409, 410):
-            await self.ledger.write({"k": "gone", "task": task.task_id, "why": f"{reply.status}"})
-            if task.connections > 200:
-                self._wonder(f"events of {task.task_id}: {reply.status} again and again: {body[:300]!r}")
-            task.cursor, task.tokens = None, 0  # only a failover may lead here: once more from the start
-            task.connections += 1
-            await self._post_again(task)
+            await self._gone(task, str(reply.status))
         elif reply.status != 503:
             self._wonder(f"events of {task.task_id}: {reply.status} {body[:300]!r}")
 
-    async def _post_again(self, task: Task) -> None:
-        task.acked = False
+    async def _gone(self, task: Task, why: str) -> None:
+        """An acknowledged task, or what this client has of it, is unknown: only a failover may lead here. Once more."""
+        await self.ledger.write({"k": "gone", "task": task.task_id, "why": why})
+        task.cursor, task.tokens, task.acked, task.terminal = None, 0, False, None
+        task.connections += 1
         await self._post(task, random.Random(task.task_id))
 
     async def _cancel(self, task: Task, rng: random.Random) -> None:
@@ -282,8 +285,7 @@ class Clients:
                         task.terminal = answer["status"]
                         return
                     if reply.status == 404:
-                        await self.ledger.write({"k": "gone", "task": task.task_id, "why": "404"})
-                        return
+                        await self._gone(task, "404")
             except (*TROUBLE, ValueError):
                 pass
             await asyncio.sleep(rng.uniform(0.2, 0.5))

@@ -44,7 +44,8 @@ class Report:
     longest_pause_s: float = 0.0
     pause_p95_s: float = 0.0
     rolled_back_tasks: list[str] = field(default_factory=list)
-    """Acknowledged tasks that a failover undid; the clients sent them again."""
+    """What clients saw of it: tasks that were unknown or whose log had ended before the client's place (they sent them
+    again), and tokens that had to be generated again."""
     rolled_back_in_files: list[dict[str, Any]] = field(default_factory=list)
     """By failover: what the new master's files lacked of what clients held."""
 
@@ -102,7 +103,7 @@ class Report:
             f"  longest silence of a stream {self.longest_pause_s} s, 95 % below {self.pause_p95_s} s",
         ]
         if self.topology.startswith("sentinel"):
-            lines.append(f"  rolled back by failover: {len(self.rolled_back_tasks)} tasks seen by clients; in files:")
+            lines.append(f"  rolled back by failover, as clients saw it: {len(self.rolled_back_tasks)}; in files:")
             lines += [f"    {entry}" for entry in self.rolled_back_in_files]
         lines.append(f"  {'fault':<28}{'times':>6}{'streams in flight':>20}")
         times = Counter(strike.kind for strike in self.strikes)

@@ -64,7 +64,7 @@ class Transcript:
         elif name == "migrated":
             self.migrations.append(data["reason"])
             if data["tokens_kept"] != len(self.tokens):
-                self.found("lost", f"`migrated` keeps {data['tokens_kept']} tokens of {len(self.tokens)}")
+                self.found("not_kept", f"`migrated` keeps {data['tokens_kept']} tokens of {len(self.tokens)}")
         elif name in ("end", "error"):
             self.terminal = (name, data)
 
@@ -143,6 +143,10 @@ def judge(entries: Iterable[dict[str, Any]], references: dict[str, Reference], *
         for reason in one.migrations:
             verdict.migrations[reason] = verdict.migrations.get(reason, 0) + 1
         for kind, detail in one.faults:
+            if (
+                kind == "not_kept"
+            ):  # where a log was rolled back, its tokens came again, and this client was spared them
+                kind = "rolled_back" if may_roll_back else "lost"
             getattr(verdict, kind).append(detail)
         if one.gone:
             (verdict.rolled_back if may_roll_back else verdict.lost).append(f"{one.task_id}: {', '.join(one.gone)}")
