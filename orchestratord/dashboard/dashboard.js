@@ -5,6 +5,8 @@ const byId = (id) => document.getElementById(id);
 const POLL_MS = 2000;
 const MAX_LINES = 200;
 
+let running = null; // the prompt that runs, or ran last
+
 byId("key").value = sessionStorage.getItem("llorch-key") ?? "";
 byId("key").addEventListener("change", () => {
   sessionStorage.setItem("llorch-key", byId("key").value);
@@ -19,6 +21,9 @@ function headers(more = {}) {
 
 async function call(path, options = {}) {
   const response = await fetch(path, { ...options, headers: headers(options.headers) });
+  if (response.status === 401) {
+    throw new Error(byId("key").value ? "The server doesn't know this key." : "This server needs a key: type it above.");
+  }
   if (!response.ok) {
     const body = await response.json().catch(() => null);
     throw new Error(body?.error?.message ?? `${path}: ${response.status}`);
@@ -41,6 +46,7 @@ function fill(id, rows) {
     }
     return row;
   }));
+  byId(`no-${id}`).hidden = rows.length > 0;
 }
 
 async function refresh() {
@@ -58,7 +64,7 @@ async function refresh() {
       [q.model, q.priority, q.tenant, q.depth, `${(q.oldest_age_ms / 1000).toFixed(1)} s`]));
     await showWorkers();
   } catch (error) {
-    problem(error.message);
+    problem(error instanceof TypeError ? "The server doesn't answer." : error.message);
   }
 }
 
@@ -86,6 +92,7 @@ function showModels(models) {
   if (names.join("\n") === [...select.options].map((option) => option.value).join("\n")) return;
   const chosen = select.value;
   select.replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+  byId("run").disabled = names.length === 0 || (running !== null && !running.over);
 }
 
 let feedAbort = new AbortController();
@@ -112,25 +119,26 @@ function addEvent({ at_ms, kind, subject, text }) {
   const line = document.createElement("li");
   const when = document.createElement("time");
   when.textContent = new Date(at_ms).toLocaleTimeString();
-  line.append(when, text || `${kind} ${subject}`);
+  const [what, ...happened] = kind.split("_"); // worker_lost, replica_joined, tasks_migrated
+  const words = what === "tasks" ? `tasks ${happened.join(" ")}, ${subject}` : `${what} ${subject} ${happened.join(" ")}`;
+  line.append(when, text ? `${words}: ${text}` : words);
   if (/lost|failed/.test(kind)) line.className = "bad";
   const list = byId("events");
   list.prepend(line);
   while (list.children.length > MAX_LINES) list.lastChild.remove();
 }
 
-let running = null;
-
 async function run() {
-  const seed = byId("seed").value;
+  const seed = byId("seed").value.trim();
   const body = {
     model: byId("model").value,
     prompt: byId("prompt").value,
     max_tokens: Number(byId("max_tokens").value),
     temperature: Number(byId("temperature").value),
-    ...(seed === "" ? {} : { seed: Number(seed) }),
   };
-  running = { taskId: null, last: null, ended: false, began: performance.now(), tokens: 0 };
+  // A seed has 64 bits, more than a number holds here: it goes in as it was typed.
+  const json = JSON.stringify(body).replace(/}$/, seed === "" ? "}" : `,"seed":${seed}}`);
+  running = { taskId: null, last: null, ended: false, over: false, began: performance.now() };
   byId("output").textContent = "";
   byId("run").disabled = true;
   byId("stop").disabled = false;
@@ -138,7 +146,7 @@ async function run() {
     await read(await call("/v2/tasks", {
       method: "POST",
       headers: { "Content-Type": "application/json", Accept: "text/event-stream" },
-      body: JSON.stringify(body),
+      body: json,
     }));
     for (let tries = 0; !running.ended && running.taskId && tries < 60; tries++) {
       byId("progress").textContent = "connection lost; going on where it stopped…";
@@ -150,7 +158,8 @@ async function run() {
   } catch (error) {
     byId("progress").textContent = error.message;
   } finally {
-    byId("run").disabled = false;
+    running.over = true;
+    byId("run").disabled = byId("model").options.length === 0;
     byId("stop").disabled = true;
   }
 }
@@ -158,21 +167,21 @@ async function run() {
 async function read(response) {
   for await (const { event, data, id } of events(response)) {
     running.last = id ?? running.last;
-    show(event, JSON.parse(data));
+    show(event, JSON.parse(data), data);
   }
 }
 
-function show(event, data) {
+function show(event, data, raw) {
   const progress = byId("progress");
   if (event === "queued") {
     running.taskId = data.task_id;
     progress.textContent = `waiting, position ${data.queue_position}`;
   } else if (event === "started") {
-    progress.textContent = `running on ${data.worker_id}, seed ${data.seed}`;
+    const seed = raw.match(/"seed":\s*(-?\d+)/)?.[1] ?? data.seed; // all of its digits
+    progress.textContent = `running on ${data.worker_id}, seed ${seed}`;
   } else if (event === "migrated") {
     progress.textContent = `goes on at ${data.worker_id}: ${data.reason}`;
   } else if (event === "token") {
-    running.tokens = data.i + 1;
     byId("output").append(data.t);
   } else if (event === "end") {
     running.ended = true;
@@ -185,7 +194,10 @@ function show(event, data) {
   }
 }
 
-byId("run").addEventListener("click", run);
+byId("run").addEventListener("click", () => {
+  const invalid = ["max_tokens", "temperature", "seed"].find((id) => !byId(id).reportValidity());
+  if (!invalid) run();
+});
 byId("stop").addEventListener("click", () => {
   if (running?.taskId) call(`/v2/tasks/${running.taskId}/cancel`, { method: "POST" }).catch((e) => problem(e.message));
 });
