@@ -13,7 +13,11 @@ M64 = 2**64 - 1
 
 
 def request(
-    sequence_id: str = "s", prompt: list[int] | None = None, output: list[int] | None = None, salt: str = "", **spec: Any
+    sequence_id: str = "s",
+    prompt: list[int] | None = None,
+    output: list[int] | None = None,
+    salt: str = "",
+    **spec: Any,
 ) -> AddSequence:
     return AddSequence(
         sequence_id=sequence_id,

@@ -179,7 +179,8 @@ def test_no_memory_for_one_alone_fails_that_one(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), torch.AcceleratorError("gone")]
+    "error",
+    [RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), torch.AcceleratorError("gone")],
 )
 def test_an_error_of_the_device_ends_the_process(error: Exception) -> None:
     engine = FakeEngine()
@@ -339,7 +340,9 @@ def test_cached_tokens_and_statistics() -> None:
     assert stats.prefill_tokens + stats.decode_tokens == engine.runner.computed == 13 + 1 + 13 + 3 * 2
 
 
-EVENT = st.tuples(st.sampled_from(["add", "add", "cancel", "step", "step", "fault", "spoil", "memory"]), st.integers(0, 99))
+EVENT = st.tuples(
+    st.sampled_from(["add", "add", "cancel", "step", "step", "fault", "spoil", "memory"]), st.integers(0, 99)
+)
 
 
 @settings(max_examples=120, deadline=None)
