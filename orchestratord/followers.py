@@ -123,6 +123,10 @@ class Followers:
         try:
             async for items in self._history(task_id, cursor, lambda: follower.floor):
                 yield items
+            if cursor.position < follower.floor and not self._closing:
+                # A failover has undone what the ring goes on from. Joining it would leave a hole; resuming doesn't.
+                self._house.observations.count("readers_cut_off", "undone")
+                return
             async for items in self._live(follower, cursor):
                 yield items
         finally:

@@ -104,3 +104,29 @@ async def test_a_reader_beyond_an_end_that_history_now_has_is_told(town: Town, m
     with pytest.raises(ApiError) as caught:
         await read_all(orchestrator.follow(ids[1], TENANT, gone[-1].position))
     assert caught.value.code == "NOT_FOUND"
+
+
+async def test_a_reader_that_comes_in_the_moment_of_the_failover_gets_no_hole(town: Town) -> None:
+    """The log's end was read before the failover and the log after it: the first tokens were left out."""
+    orchestrator = await town.replica()
+    worker = await town.worker(slots=1, token_ms=20)
+    store = town.replicas[0].store
+    read_log, saved = store.read_log, snapshot(town)
+
+    async def late(*args: object, **options: object) -> object:
+        if saved:
+            undo(town, saved)
+            saved.clear()
+        return await read_log(*args, **options)  # type: ignore[arg-type]
+
+    task_id = await town.submit(seed=3, max_tokens=60, ignore_eos=True)
+    saved.clear()
+    saved |= snapshot(town)
+    await until(lambda: worker.counts["tokens"] >= 10, "tokens came")
+    store.read_log = late  # type: ignore[method-assign, assignment]
+    items = await read_all(orchestrator.follow(task_id, TENANT))
+    while not isinstance(items[-1].event, EndEvent):
+        cursor = next((item.position for item in reversed(items) if item.position), None)
+        items += await read_all(orchestrator.follow(task_id, TENANT, cursor))
+    assert tokens_of(items) == expected(3, 60, ignore_eos=True)[0]
+    await town.audit()
