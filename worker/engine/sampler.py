@@ -180,18 +180,24 @@ def _raise_to_top_p(
 def _with_logprobs(raw: torch.Tensor, tokens: list[int], specs: list[SamplingSpec]) -> list[Sampled]:
     logprobs = raw.log_softmax(dim=-1)[: len(tokens)]
     chosen = logprobs.gather(1, torch.tensor(tokens, device=raw.device).unsqueeze(1)).squeeze(1).tolist()
-    most = max(spec.logprobs or 0 for spec in specs)
-    tops = _top(logprobs, most) if most else [[] for _ in tokens]
+    tops = _top(logprobs, [min(spec.logprobs or 0, raw.shape[-1]) for spec in specs])
     return [
-        Sampled(token) if spec.logprobs is None else Sampled(token, logprob, top[: spec.logprobs])
+        Sampled(token) if spec.logprobs is None else Sampled(token, logprob, top)
         for token, logprob, top, spec in zip(tokens, chosen, tops, specs, strict=True)
     ]
 
 
-def _top(logprobs: torch.Tensor, most: int) -> list[list[tuple[int, float]]]:
-    """The `most` likeliest tokens of each row, best first, the lower id first on ties."""
-    values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
-    return [
-        sorted(zip(row_ids, row_values, strict=True), key=lambda item: (-item[1], item[0]))
-        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
+def _top(logprobs: torch.Tensor, counts: list[int]) -> list[list[tuple[int, float]]]:
+    """As many of each row's likeliest tokens as `counts` says, best first, the lower id first on ties.
+
+    Chosen by value: which of several equal values topk picks depends on how many are asked for in the whole batch.
+    """
+    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
+    if not any(counts):
+        return tops
+    last = torch.tensor([max(count - 1, 0) for count in counts], device=logprobs.device).unsqueeze(1)
+    lowest = logprobs.topk(max(counts), dim=-1).values.gather(1, last)
+    rows, ids = (logprobs >= lowest).nonzero(as_tuple=True)
+    for row, token, value in zip(rows.tolist(), ids.tolist(), logprobs[rows, ids].tolist(), strict=True):
+        tops[row].append((token, value))
+    return [sorted(top, key=lambda item: (-item[1], item[0]))[:count] for top, count in zip(tops, counts, strict=True)]

@@ -108,7 +108,7 @@ class Scheduler:
         self.add(sequence)
 
     def preempt_youngest(self) -> bool:
-        """Preempt the last comer of several that run, and admit nobody until one ends; False when fewer than two run."""
+        """Preempt the last comer of several and admit nobody until one ends; False when fewer than two run."""
         if len(self._running) < 2:
             return False
         self.preempt(self._running[-1])

@@ -78,8 +78,8 @@ def check_logprobs(got: Sampled, logits: list[float], asked: int | None) -> None
         assert value == pytest.approx(wanted, abs=2e-5)
 
 
-@settings(max_examples=250, deadline=None)
-@given(st.lists(rows(), min_size=1, max_size=11))
+@settings(max_examples=120, deadline=None)
+@given(st.lists(rows(), min_size=1, max_size=10))
 def test_mixed_batches_equal_the_plain_sampler(batch: list[tuple[list[float], Sequence]]) -> None:
     for (logits, row), got in zip(batch, sample(batch), strict=True):
         expected = plain_sampler.choose(logits, row, EOS)
@@ -156,7 +156,7 @@ def test_greedy_takes_the_lowest_id_on_ties(logits: list[float], others: int) ->
     assert sample(batch, Sampler(frozenset()))[0].token_id == logits.index(max(logits))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(rows(), min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_a_row_gets_the_same_alone_and_at_any_place_bitwise(
     batch: list[tuple[list[float], Sequence]], order: Any
