@@ -143,7 +143,8 @@ async def test_a_whole_house_lives_on_these_rights(server: SampleServer, tmp_pat
         ):
             assert await status(http, second.url, await submit(http, second.url, callback_url=callback_url))
             cancelled = await submit(http, first.url, max_tokens=2000)
-            await (await http.post(f"{second.url}/v2/tasks/{cancelled}/cancel")).read()
+            async with http.post(f"{second.url}/v2/tasks/{cancelled}/cancel") as reply:
+                assert reply.status == 200, await reply.text()
             assert await status(http, first.url, cancelled) == "cancelled"
             moving = [await submit(http, second.url, max_tokens=300) for _ in range(6)]
             await until_running(http, second.url, moving)
@@ -155,7 +156,7 @@ async def test_a_whole_house_lives_on_these_rights(server: SampleServer, tmp_pat
                 async with http.get(first.url + path) as reply:
                     assert reply.status == 200, path
             await called.wait()
-            while (await http.get(f"{first.url}/v2/tasks/{cancelled}")).status != 404:
+            while await shown(http, first.url, cancelled):
                 await asyncio.sleep(0.2)
         store = await Store.connect(server.url_for(USER))
         assert await store.audit(repair=True) == []
@@ -182,11 +183,16 @@ async def submit(http: aiohttp.ClientSession, url: str, **body: Any) -> str:
         await asyncio.sleep(0.05)
 
 
+async def shown(http: aiohttp.ClientSession, url: str, task_id: str) -> str:
+    """A task's status, "" when there is no such task."""
+    async with http.get(f"{url}/v2/tasks/{task_id}") as reply:
+        return (await reply.json()).get("status", "")
+
+
 async def status(http: aiohttp.ClientSession, url: str, task_id: str) -> str:
     """How a task ended."""
     while True:
-        async with http.get(f"{url}/v2/tasks/{task_id}") as reply:
-            found = (await reply.json()).get("status")
+        found = await shown(http, url, task_id)
         if found in ("completed", "failed", "cancelled"):
             return found
         await asyncio.sleep(0.05)
@@ -194,5 +200,5 @@ async def status(http: aiohttp.ClientSession, url: str, task_id: str) -> str:
 
 async def until_running(http: aiohttp.ClientSession, url: str, tasks: list[str]) -> None:
     for task in tasks:
-        while (await (await http.get(f"{url}/v2/tasks/{task}")).json())["status"] != "running":
+        while await shown(http, url, task) != "running":
             await asyncio.sleep(0.05)
