@@ -195,7 +195,7 @@ class Followers:
             at = follower.end
             if items and not aligned:
                 items = cursor.fresh_items(items)
-            aligned = aligned or cursor.position == follower.cursor.position
+            aligned = aligned or cursor == follower.cursor  # in the next token too: a failover may part them
             if items or self._now() - yielded_at >= self._house.settings.keep_alive_s:
                 yield items
                 yielded_at = self._now()

@@ -130,3 +130,19 @@ async def test_a_reader_that_comes_in_the_moment_of_the_failover_gets_no_hole(to
         items += await read_all(orchestrator.follow(task_id, TENANT, cursor))
     assert tokens_of(items) == expected(3, 60, ignore_eos=True)[0]
     await town.audit()
+
+
+async def test_a_reader_ahead_of_an_undone_log_gets_no_token_twice(town: Town) -> None:
+    """Where reader and follower met at the start of the next attempt, tokens that only the reader had came again."""
+    orchestrator = await town.replica()
+    doomed = await town.worker("w1", slots=1, token_ms=10)
+    task_id = await town.submit(seed=3, max_tokens=150, ignore_eos=True)
+    reading = asyncio.create_task(read_all(orchestrator.follow(task_id, TENANT), stop_after=102))
+    await town.worker("w2", slots=1, token_ms=10)
+    saved = snapshot(town)
+    items = await reading
+    await doomed.die()
+    undo(town, saved)
+    items += await read_all(orchestrator.follow(task_id, TENANT, items[-1].position))
+    assert tokens_of(items) == expected(3, 150, ignore_eos=True)[0]
+    await town.audit()
