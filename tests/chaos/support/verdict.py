@@ -6,7 +6,7 @@ Only the ledger's file counts, not what the clients remember.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,10 @@ class Transcript:
     """A replica said that it is cancelled: it can't end otherwise any more."""
     asked_to_cancel: bool = False
     gone: list[str] = field(default_factory=list)
-    tokens: list[tuple[int, str]] = field(default_factory=list)
+    tokens: dict[int, tuple[int, str]] = field(default_factory=dict)
+    due: int = 0
+    """Index of the next token."""
+    holes: int = 0
     last: tuple[int, int] = (0, 0)
     terminal: tuple[str, dict[str, Any]] | None = None
     migrations: list[str] = field(default_factory=list)
@@ -48,7 +51,7 @@ class Transcript:
     def restart(self, why: str) -> None:
         """The task, or the end of its log, was rolled back: the client began again."""
         self.gone.append(why)
-        self.tokens, self.last, self.terminal, self.cancelled = [], (0, 0), None, False
+        self.tokens, self.due, self.holes, self.last, self.terminal, self.cancelled = {}, 0, 0, (0, 0), None, False
 
     def take(self, name: str, position: str | None, data: dict[str, Any]) -> None:
         """The next event."""
@@ -63,21 +66,23 @@ class Transcript:
             self._take_token(position, data)
         elif name == "migrated":
             self.migrations.append(data["reason"])
-            if data["tokens_kept"] != len(self.tokens):
-                self.found("not_kept", f"`migrated` keeps {data['tokens_kept']} tokens of {len(self.tokens)}")
+            if data["tokens_kept"] != self.due:
+                self.found("undone", f"`migrated` keeps {data['tokens_kept']} tokens of {self.due}")
         elif name in ("end", "error"):
             self.terminal = (name, data)
 
     def _take_token(self, position: str | None, data: dict[str, Any]) -> None:
-        index, due = data["i"], len(self.tokens)
+        index = data["i"]
         if position is None or parse_position(position)[1] != index + 1:
             self.found("reordered", f"token {index} has the id {position}")
-        if index < due:
+        if index < self.due:
             self.found("doubled", f"token {index} came again")
-        elif index > due:
-            self.found("lost", f"token {index} came where {due} was due")
-        else:
-            self.tokens.append((data["id"], data["t"]))
+            return
+        if index > self.due:
+            self.holes += index - self.due
+            self.found("undone", f"token {index} came where {self.due} was due")
+        self.tokens[index] = (data["id"], data["t"])
+        self.due = index + 1
 
 
 def transcripts(entries: Iterable[dict[str, Any]]) -> dict[str, Transcript]:
@@ -131,7 +136,7 @@ class Verdict:
         return not any(getattr(self, name) for name in self.BROKEN)
 
 
-def judge(entries: Iterable[dict[str, Any]], references: dict[str, Reference], *, may_roll_back: bool) -> Verdict:
+def judge(entries: Iterable[dict[str, Any]], references: Mapping[str, Reference], *, may_roll_back: bool) -> Verdict:
     """The verdict on a ledger. `references` has the undisturbed answers of bodies that aren't for scripted workers,
     by `reference_key`."""
     verdict = Verdict()
@@ -150,14 +155,33 @@ def judge(entries: Iterable[dict[str, Any]], references: dict[str, Reference], *
             getattr(verdict, kind).append(detail)
         if one.gone:
             (verdict.rolled_back if may_roll_back else verdict.lost).append(f"{one.task_id}: {', '.join(one.gone)}")
-        _judge_end(verdict, one, references)
+        _judge_end(verdict, one, references, may_roll_back)
     return verdict
 
 
-def _judge_end(verdict: Verdict, one: Transcript, references: dict[str, Reference]) -> None:
-    key = reference_key(one.body)
-    tokens, reason = references[key] if key in references else scripted_reference(one.body)
-    if one.tokens != tokens[: len(one.tokens)]:
+def reference_of(body: dict[str, Any], references: Mapping[str, Reference]) -> Reference:
+    """The undisturbed answer to a request."""
+    key = reference_key(body)
+    return references[key] if key in references else scripted_reference(body)
+
+
+def judge_log(
+    one: Transcript, references: Mapping[str, Reference], tokens: list[tuple[int, str]], ends: list[dict[str, Any]]
+) -> str | None:
+    """What is wrong with a task's log as it stands in the end, whatever the client got."""
+    wanted, reason = reference_of(one.body, references)
+    if len(ends) != 1:
+        return f"{len(ends)} terminal events in the log"
+    if ends[0].get("stop_reason") == "CANCELLED":
+        return None if tokens == wanted[: len(tokens)] else "the log of a cancelled task has another text"
+    if (tokens, ends[0].get("stop_reason")) != (wanted, reason):
+        return f"the log has {len(tokens)} tokens and {ends[0]}, where {len(wanted)} and {reason} were due"
+    return None
+
+
+def _judge_end(verdict: Verdict, one: Transcript, references: Mapping[str, Reference], may_roll_back: bool) -> None:
+    tokens, reason = reference_of(one.body, references)
+    if any(index >= len(tokens) or token != tokens[index] for index, token in one.tokens.items()):
         verdict.mismatched.append(f"{one.task_id}: another text than the undisturbed run's")
     if one.terminal is None:
         if one.left and one.over:
@@ -173,11 +197,14 @@ def _judge_end(verdict: Verdict, one: Transcript, references: dict[str, Referenc
         return
     verdict.completed += 1
     if one.cancelled:
-        verdict.mismatched.append(f"{one.task_id}: it was cancelled and ended with {name}")
+        (verdict.rolled_back if may_roll_back else verdict.mismatched).append(
+            f"{one.task_id}: it was cancelled and ended with {name}"
+        )
     if name == "error":
         verdict.mismatched.append(f"{one.task_id}: error {data['code']}: {data['message'][:200]}")
     elif (data["stop_reason"], data["tokens_out"], len(one.tokens)) != (reason, len(tokens), len(tokens)):
-        verdict.mismatched.append(
+        excused = may_roll_back and (data["stop_reason"], data["tokens_out"]) == (reason, len(tokens))
+        (verdict.rolled_back if excused else verdict.mismatched).append(
             f"{one.task_id}: {data['stop_reason']} with {data['tokens_out']} tokens told and {len(one.tokens)} given, "
             f"where {reason} with {len(tokens)} was due"
         )
