@@ -1,4 +1,4 @@
-"""Tiny models with the features of the real ones, made once per test session; one thread, so that nobody is slowed down."""
+"""Tiny models with the features of the real ones, made once per test session; one thread for all."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         query_pre_attn_scalar=40,
     ),
 }
-"""One per allowed architecture: grouped heads, tied embeddings, RoPE scaling, windows on some layers, q/k norms, experts."""
+"""One per allowed architecture, with its features: grouped heads, ties, RoPE scaling, windows, q/k norms, experts."""
 
 
 def write_tiny_model(config: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Each allowed architecture: greedy equals transformers' `generate`, sampling equals itself, however the work was cut up."""
+"""Each architecture: greedy equals transformers' `generate`, sampling equals itself, however the work was cut up."""
 
 from __future__ import annotations
 

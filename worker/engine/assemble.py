@@ -81,7 +81,7 @@ def build_engine(
     batch_tokens = max(options.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type], slots)
     limit = min(loaded.max_positions, options.max_model_len or loaded.max_positions)
     shape = kv_shape(loaded)
-    backend = choose_attention(options.attention, loaded.model.config, shape, device)
+    backend = choose_attention(options.attention, loaded.model.config.num_attention_heads, shape, device)
     block_tokens = backend.block_tokens or CPU_BLOCK_TOKENS
     num_blocks = _num_blocks(options, loaded, shape, block_tokens, slots, limit, batch_tokens, device)
     context_length = min(limit, num_blocks * block_tokens)

@@ -1,17 +1,22 @@
-"""Which attention runs: an ordered probe, each candidate tried on one token before it is trusted.
+"""Which attention runs: an ordered probe, each candidate tried on a few tokens before it is trusted.
 
 Read `choose_attention` first. `--attention NAME` is strict: that one, or a reason why not.
+
+    flash_attn     CUDA, compute capability >= 8.0, bfloat16 or float16, the package flash-attn 2.x
+    torch_varlen   the same, torch >= 2.12
+    sdpa           everything else: older GPUs, float32, MPS, the CPU
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedConfig
 
+from worker.engine.attention_paged import PAGED_BLOCK_TOKENS, PagedAttention, flash_attn_kernel, torch_varlen_kernel
 from worker.engine.attention_sdpa import SdpaAttention
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.loader import LoadError
@@ -63,22 +68,25 @@ class _Candidate:
     wants_contiguous_blocks: bool
     unavailable: Callable[[KVShape, torch.device], str | None]
     build: Callable[[KVCache, int, int], Attention]
+    """(cache, heads, context length) → attention."""
 
 
 def _candidates() -> list[_Candidate]:
     return [
-        _Candidate("sdpa", 0, True, _sdpa_unavailable, _build_sdpa),
+        _Candidate("flash_attn", PAGED_BLOCK_TOKENS, False, _flash_attn_unavailable, _build_flash_attn),
+        _Candidate("torch_varlen", PAGED_BLOCK_TOKENS, False, _torch_varlen_unavailable, _build_torch_varlen),
+        _Candidate("sdpa", 0, True, lambda shape, device: None, _build_sdpa),
     ]
 
 
-def choose_attention(name: str, config: PreTrainedConfig, shape: KVShape, device: torch.device) -> Backend:
+def choose_attention(name: str, heads: int, shape: KVShape, device: torch.device) -> Backend:
     """The first candidate that runs here, or the one called `name`. Raises LoadError with the reason if none does."""
-    heads: int = config.num_attention_heads
-    skipped: list[str] = []
-    known = [candidate.name for candidate in _candidates()]
+    candidates = _candidates()
+    known = [candidate.name for candidate in candidates]
     if name not in ("auto", *known):
         raise LoadError("ATTENTION_UNAVAILABLE", f"--attention {name}: unknown; one of auto, {', '.join(known)}.")
-    for candidate in _candidates():
+    skipped: list[str] = []
+    for candidate in candidates:
         if name not in ("auto", candidate.name):
             continue
         reason = candidate.unavailable(shape, device) or _self_test(candidate, heads, shape, device)
@@ -97,28 +105,104 @@ def choose_attention(name: str, config: PreTrainedConfig, shape: KVShape, device
 
 
 def _self_test(candidate: _Candidate, heads: int, shape: KVShape, device: torch.device) -> str | None:
-    """Attend to a single token, which must give back that token's value; the reason why not otherwise."""
+    """Three sequences in one batch – a first token, a token far in, a chunk – against plain products; why not, or None.
+
+    More than one sequence, because kernels have got the first one right and left the others unwritten.
+    """
     one_layer = KVShape(1, shape.kv_heads, shape.head_dim, shape.dtype)
+    size = candidate.block_tokens or 16
     try:
-        cache = KVCache(one_layer, num_blocks=1, block_tokens=candidate.block_tokens or 16, device=device)
-        attention = candidate.build(cache, heads, 16)
-        batch = PackedBatch([0], [0], [Span(0, 0, 0, 1, [0])], 1, [0], 1)
-        query = torch.ones(1, heads, shape.head_dim, dtype=shape.dtype, device=device)
-        values = torch.arange(shape.kv_heads, dtype=shape.dtype, device=device)
-        values = values.view(1, -1, 1).expand(1, shape.kv_heads, shape.head_dim).contiguous()
-        keys = torch.ones_like(values)
-        with torch.inference_mode():
-            out = attention.attend(attention.plan(batch), 0, query, keys, values, 1.0, None)
-        expected = values.repeat_interleave(heads // shape.kv_heads, dim=1)
-        if not torch.allclose(out.float(), expected.float(), rtol=1e-2, atol=1e-2):
-            return "its self-test gave a wrong result"
+        cache = KVCache(one_layer, num_blocks=2048 // size, block_tokens=size, device=device)
+        attention = candidate.build(cache, heads, 1024)
+        worst = max(_error(attention, cache, heads, window) for window in (None, 100))
     except Exception as error:  # whatever a kernel does on a machine it wasn't made for
         return f"its self-test failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+    limit = 1e-4 if shape.dtype is torch.float32 else 5e-2
+    return None if worst < limit else f"its self-test was off by {worst:.3g}"  # also for NaN
+
+
+def _error(attention: Attention, cache: KVCache, heads: int, window: int | None) -> float:
+    shape, device = cache.shape, cache.pool.device
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, count: int) -> torch.Tensor:
+        return torch.randn(rows, count, shape.head_dim, generator=generator).to(device=device, dtype=shape.dtype)
+
+    lengths, new = (1, 600, 300), (1, 1, 5)
+    free = list(range(cache.num_blocks))  # taken from the end, so that a kernel that ignores the table can't be right
+    spans: list[Span] = []
+    sequences = [(draw(n, heads), draw(n, shape.kv_heads), draw(n, shape.kv_heads)) for n in lengths]
+    for index, (length, count) in enumerate(zip(lengths, new, strict=True)):
+        blocks = [free.pop() for _ in range(-(-length // cache.block_tokens))]
+        spans.append(Span(index, sum(new[:index]), length - count, count, blocks))
+        rows = torch.tensor(cache.rows(spans[index].blocks, 0, length), device=device)
+        cache.write(0, rows, sequences[index][1], sequences[index][2])
+    batch = PackedBatch([0] * sum(new), [0] * sum(new), spans, sum(new), [], 2)
+    query, keys, values = (
+        torch.cat([tensors[part][-count:] for tensors, count in zip(sequences, new, strict=True)]) for part in range(3)
+    )
+    scale = shape.head_dim**-0.5
+    with torch.inference_mode():
+        out = attention.attend(attention.plan(batch), 0, query, keys, values, scale, window)
+        expected = torch.cat([_plain(*s, count, scale, window) for s, count in zip(sequences, new, strict=True)])
+        return float((out.float() - expected).abs().max())
+
+
+def _plain(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, new: int, scale: float, window: int | None
+) -> torch.Tensor:
+    """Attention of the last `new` tokens of one sequence by plain products, in float32."""
+    length, groups = keys.shape[0], query.shape[1] // keys.shape[1]
+    k, v = (tensor.float().repeat_interleave(groups, dim=1) for tensor in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", query[-new:].float(), k) * scale
+    position = torch.arange(length - new, length, device=query.device).unsqueeze(1)
+    key = torch.arange(length, device=query.device)
+    hidden = (key > position) | (key <= position - (window or length))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def _flash_unavailable(shape: KVShape, device: torch.device) -> str | None:
+    """What both flash kernels need of a device and a model."""
+    if device.type != "cuda":
+        return "needs CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0, this GPU has {major}.{minor}"
+    if shape.dtype not in (torch.bfloat16, torch.float16):
+        return "needs bfloat16 or float16"
+    if shape.head_dim > 256 or shape.head_dim % 8:
+        return f"needs a head size up to 256 that 8 divides, not {shape.head_dim}"
     return None
 
 
-def _sdpa_unavailable(shape: KVShape, device: torch.device) -> str | None:
+def _flash_attn_unavailable(shape: KVShape, device: torch.device) -> str | None:
+    reason = _flash_unavailable(shape, device)
+    if reason is not None:
+        return reason
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "flash-attn isn't installed (pip install --no-build-isolation 'llorch[cuda]')"
+    return None if version.startswith("2.") else f"needs flash-attn 2.x, not {version}"
+
+
+def _torch_varlen_unavailable(shape: KVShape, device: torch.device) -> str | None:
+    reason = _flash_unavailable(shape, device)
+    if reason is not None:
+        return reason
+    try:
+        torch_varlen_kernel()
+    except ImportError as error:
+        return str(error)
     return None
+
+
+def _build_flash_attn(cache: KVCache, heads: int, context_length: int) -> Attention:
+    return PagedAttention(cache, flash_attn_kernel())
+
+
+def _build_torch_varlen(cache: KVCache, heads: int, context_length: int) -> Attention:
+    return PagedAttention(cache, torch_varlen_kernel())
 
 
 def _build_sdpa(cache: KVCache, heads: int, context_length: int) -> Attention:

@@ -1,0 +1,143 @@
+"""SDPA over the paged cache against a float64 reference, and its promise that company and layout change no bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.engine.reference_attention import CASES, Case, run_case
+from worker.engine.attention import choose_attention
+from worker.engine.attention_sdpa import SdpaAttention
+from worker.engine.kv_cache import KVCache, KVShape
+from worker.engine.loader import LoadError
+from worker.engine.sdpa_reads import TILE
+
+CPU = torch.device("cpu")
+BLOCK = 16
+
+
+def build(case: Case, dtype: torch.dtype = torch.float32, num_blocks: int = 512) -> tuple[SdpaAttention, KVCache]:
+    shape = KVShape(1, case.kv_heads, case.head_dim, dtype)
+    cache = KVCache(shape, num_blocks=num_blocks, block_tokens=BLOCK, device=CPU)
+    return SdpaAttention(cache, num_heads=case.heads, context_length=2048), cache
+
+
+def side_by_side(case: Case, gap: int = 0) -> list[list[int]]:
+    blocks: list[list[int]] = []
+    start = 0
+    for length in case.lengths:
+        count = -(-length // BLOCK)
+        blocks.append(list(range(start, start + count)))
+        start += count + gap
+    return blocks
+
+
+def scattered(case: Case, num_blocks: int = 512) -> list[list[int]]:
+    free = list(range(num_blocks))
+    random.Random(3).shuffle(free)
+    return [[free.pop() for _ in range(-(-length // BLOCK))] for length in case.lengths]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_wherever_the_blocks_lie(name):
+    case = CASES[name]
+    attention, cache = build(case)
+    error, out = run_case(attention, cache, case, side_by_side(case))
+    assert error < 5e-6
+    error, moved = run_case(attention, cache, case, scattered(case))
+    assert error < 5e-6
+    assert torch.equal(out, moved)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision_is_as_close_as_it_can_be(dtype, limit):
+    for name in ("everything", "window"):
+        case = CASES[name]
+        attention, cache = build(case, dtype)
+        error, _ = run_case(attention, cache, case, side_by_side(case))
+        assert error < limit
+
+
+def test_company_changes_no_bit():
+    case = CASES["everything"]
+    attention, cache = build(case)
+    _, together = run_case(attention, cache, case, side_by_side(case))
+    # The first two are decodes and come first; alone they must give the same rows. The histories are drawn in order,
+    # so leaving out what comes later changes nothing for what comes before.
+    for count in (1, 2):
+        fewer = Case(case.lengths[:count], case.new[:count])
+        attention, cache = build(fewer)
+        _, alone = run_case(attention, cache, fewer, side_by_side(fewer))
+        assert torch.equal(alone, together[:count])
+
+
+def test_one_call_for_equal_decodes_gives_the_bits_of_single_calls():
+    case = Case([75, 80, 66, 70, 79, 65], [1] * 6)
+    attention, cache = build(case)
+    spaced = [list(range(n * 7, n * 7 + 5)) for n in range(6)]
+    _, at_once = run_case(attention, cache, case, spaced)
+    attention, cache = build(case)
+    _, one_by_one = run_case(attention, cache, case, scattered(case))
+    assert torch.equal(at_once, one_by_one)
+
+
+def test_what_lies_behind_a_sequence_does_not_matter():
+    """Stale numbers of an earlier sequence are read with the padding and must not count."""
+    case = CASES["decodes of many lengths"]
+    attention, cache = build(case)
+    _, clean = run_case(attention, cache, case, side_by_side(case))
+    attention, cache = build(case)
+    cache.pool.fill_(1e4)
+    _, dirty = run_case(attention, cache, case, side_by_side(case))
+    assert torch.equal(clean, dirty)
+
+
+def test_a_prompt_in_pieces_gives_the_bits_of_the_whole():
+    whole = Case([600], [600])
+    attention, cache = build(whole)
+    blocks = side_by_side(whole)
+    _, expected = run_case(attention, cache, whole, blocks)
+    for new in (1, 2, 7, 63, 100, 599):
+        attention, cache = build(whole)
+        _, part = run_case(attention, cache, Case([600], [new]), blocks)
+        assert torch.equal(part, expected[600 - new :])
+
+
+def test_scrubbed_blocks_hold_zeroes():
+    _, cache = build(CASES["one token"])
+    cache.pool.fill_(float("nan"))
+    cache.scrub([3, 5])
+    assert not cache.pool[:, :, 3 * BLOCK : 4 * BLOCK].any()
+    assert not cache.pool[:, :, 5 * BLOCK : 6 * BLOCK].any()
+    assert cache.pool[:, :, 4 * BLOCK].isnan().all()
+
+
+SHAPE = KVShape(2, 2, 32, torch.float32)
+
+
+def test_auto_says_what_it_skipped():
+    backend = choose_attention("auto", 4, SHAPE, CPU)
+    assert backend.name == "sdpa"
+    assert "flash_attn" in backend.notice
+    assert "torch_varlen" in backend.notice
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "torch_varlen"])
+def test_a_named_one_that_cannot_run_is_refused_with_the_reason(name):
+    with pytest.raises(LoadError, match=f"--attention {name}: .*Use --attention auto"):
+        choose_attention(name, 4, SHAPE, CPU)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(LoadError, match="one of auto, flash_attn, torch_varlen, sdpa"):
+        choose_attention("magic", 4, SHAPE, CPU)
+
+
+def test_padding_never_reads_past_the_pool():
+    case = Case([BLOCK * 4], [1])
+    attention, cache = build(case, num_blocks=4)
+    error, _ = run_case(attention, cache, case, [[0, 1, 2, 3]])
+    assert error < 5e-6
+    assert cache.pool.shape[2] - cache.spare_row >= TILE
