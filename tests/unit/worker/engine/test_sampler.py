@@ -126,6 +126,15 @@ def test_draws_cover_exactly_the_survivors(spec: dict[str, Any], vocabulary: int
         assert set(drawn) == survivors
 
 
+@pytest.mark.parametrize(
+    ("top_p", "survivors"), [(0.4999, {0}), (0.5001, {0, 1}), (0.7999, {0, 1}), (0.8001, {0, 1, 2}), (1.0, {0, 1, 2})]
+)
+def test_top_p_keeps_as_many_as_reach_it(top_p: float, survivors: set[int]) -> None:
+    logits = [math.log(0.5), math.log(0.3), math.log(0.2)]
+    drawn = sample([(logits, sequence([1], seed=seed, top_p=top_p)) for seed in range(200)], Sampler(frozenset()))
+    assert {got.token_id for got in drawn} == survivors
+
+
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 def test_top_p_beyond_the_first_candidates(top_p: float) -> None:
     """A flat distribution over 2,000 tokens: the 256 that are sorted first don't reach top_p, beside rows that do."""
