@@ -67,7 +67,7 @@ async def test_a_graceful_stop_hands_over_at_once(town: Town) -> None:
     await until(lambda: live(town) == 6, "all run")
     two = await town.replica()
     reading = [asyncio.create_task(read_all(one.follow(task_id, TENANT))) for task_id in ids]
-    await asyncio.sleep(0.1)
+    await until(lambda: one.observations.readers_active == 6, "six read")
     await one.stop(2.0)
     cut = await asyncio.gather(*reading)
     assert not any(isinstance(items[-1].event, EndEvent) for items in cut if items)

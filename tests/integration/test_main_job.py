@@ -78,7 +78,11 @@ async def test_a_task_waits_for_a_worker_and_tells_its_place(town: Town) -> None
     worker.freeze()
     blocked = [await town.submit(seed=seed, max_tokens=4) for seed in range(3)]
     reading = asyncio.create_task(read_all(orchestrator.follow(blocked[-1], TENANT)))
-    await asyncio.sleep(0.3)
+
+    async def waits() -> bool:
+        return orchestrator.observations.readers_active == 1 and bool(await orchestrator.queue())
+
+    await until(waits, "one reads and some wait")
     worker.thaw()
     items = await reading
     assert isinstance(items[0].event, QueuedEvent)
