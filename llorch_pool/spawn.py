@@ -379,8 +379,13 @@ def _await_registered(
         try:
             reply = call("GET", url, key=key)
             if reply.status == 200 and reply.body.get("state", reply.body.get("status")) == "ready":
-                return
-            problem = _orchestrator_says(reply.status, reply.message)
+                # Registering only shows that the worker reaches the orchestrator; tasks go the other way.
+                back = call("GET", f"{url}/health", key=key)
+                if back.status != 200 or back.body.get("reachable") is not False:
+                    return
+                problem = f"it can't reach {record.advertise_url or record.url} from where it runs"
+            else:
+                problem = _orchestrator_says(reply.status, reply.message)
             if reply.status in (401, 403):
                 patience = 0.0  # waiting changes nothing
         except NoReplyError as error:

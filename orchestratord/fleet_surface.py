@@ -6,7 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from llorch_wire.errors import ApiError, ErrorCode
-from llorch_wire.worker import AttemptRef, Heartbeat, HeartbeatReply, Orders, RegisterReply, WorkerRegistration
+from llorch_wire.worker import (
+    AttemptRef,
+    Heartbeat,
+    HeartbeatReply,
+    Orders,
+    RegisterReply,
+    WorkerHealth,
+    WorkerRegistration,
+)
 from orchestratord.fleet import by_model, by_pool
 from orchestratord.house import House
 from orchestratord.recovery import Recovery
@@ -43,6 +51,14 @@ class FleetSurface(Surface):
         if view is None:
             raise _no_worker()
         return view
+
+    async def worker_health(self, worker_id: str) -> WorkerHealth | None:
+        """What the worker answers to this replica at its registered address, None when it can't be reached there.
+
+        Raises ApiError NOT_FOUND.
+        """
+        view = await self.worker(worker_id)
+        return await self._house.client.health(view.url)
 
     async def pools(self) -> list[PoolView]:
         """Workers summed up by pool."""

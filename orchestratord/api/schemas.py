@@ -167,6 +167,11 @@ HEARTBEAT = route(
 )  # fmt: skip
 LIST_WORKERS = route({200: _json("Every worker", _OBJECT)}, 401, 403, 503)
 GET_WORKER = route({200: _WORKER}, 400, 401, 403, 404, parameters=(_WORKER_ID,))
+WORKER_HEALTH = route(
+    {200: _json("Whether it can be reached from here, and what it says", _OBJECT)},
+    400, 401, 403, 404,
+    parameters=(_WORKER_ID,),
+)  # fmt: skip
 DRAIN_WORKER = route(
     {200: _WORKER},
     400, 401, 403, 404,

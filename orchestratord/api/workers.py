@@ -70,6 +70,15 @@ async def get_worker(request: Request) -> Response:
     return json_response(worker_json(await s.orchestrator.worker(_path_worker_id(request))))
 
 
+@router.get("/v2/workers/{worker_id}/health", **schemas.WORKER_HEALTH)
+async def worker_health(request: Request) -> Response:
+    """Ask a worker for its health at its registered address, from here: whether tasks sent to it would arrive."""
+    s = services(request)
+    s.keyring.operator(request)
+    health = await s.orchestrator.worker_health(_path_worker_id(request))
+    return json_response({"reachable": health is not None, "health": health and health.model_dump(mode="json")})
+
+
 @router.post("/v2/workers/{worker_id}/drain", **schemas.DRAIN_WORKER)
 async def drain_worker(request: Request) -> Response:
     """No new work there; what runs finishes, or moves at the deadline. Holds until it is undone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -91,6 +92,27 @@ async def post(http: aiohttp.ClientSession, url: str, **changes: Any) -> dict[st
 
 def text_of(seed: int, max_tokens: int) -> str:
     return "".join(token.t for token in expected(seed, max_tokens)[0])
+
+
+async def test_a_workers_health_is_asked_from_here(
+    daemon: str, worker: ScriptedWorker, http: aiohttp.ClientSession
+) -> None:
+    async with http.get(f"{daemon}/v2/workers/w1/health") as reply:
+        answer = await reply.json()
+    assert answer["reachable"] is True and answer["health"]["worker_id"] == "w1"
+    with socket.socket() as unheard:  # bound, so that nobody else gets the port; not listening, so that nobody answers
+        unheard.bind(("127.0.0.1", 0))
+        async with http.get(f"{daemon}/v2/workers/w1") as reply:
+            view = await reply.json()
+        registration = {"worker_id": "w2", "instance_id": "i2", "url": f"http://127.0.0.1:{unheard.getsockname()[1]}"}
+        registration |= {"context_length": 512, "slots_total": 1}
+        registration |= {name: view[name] for name in ("model", "model_digest", "dtype", "device")}
+        async with http.post(f"{daemon}/v2/workers/register", json=registration) as reply:
+            assert reply.status == 200, await reply.text()
+        async with http.get(f"{daemon}/v2/workers/w2/health") as reply:
+            assert (await reply.json()) == {"reachable": False, "health": None}
+    async with http.get(f"{daemon}/v2/workers/nobody/health") as reply:
+        assert reply.status == 404
 
 
 async def test_a_task_from_post_to_end_and_a_reader_that_resumes(
