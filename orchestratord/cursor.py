@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.events import (
     TERMINAL_SEQUENCE,
+    EndEvent,
     MigratedEvent,
     StartedEvent,
     TaskEvent,
@@ -33,6 +34,8 @@ class Cursor:
 
     position: tuple[int, int] = START
     next_index: int | None = None
+    parted: bool = False
+    """What comes next doesn't follow on what was taken: a failover has undone it. Nothing more is taken."""
 
     @property
     def text(self) -> str:
@@ -53,13 +56,28 @@ class Cursor:
                 items += self.fresh_tokens(position[0], entry.tokens)
             elif position > self.position:
                 event = decode_task_event(entry.kind, entry.data)
-                if event is None:
-                    continue
-                self.position = position
-                if self.next_index is None:
-                    self.next_index = _next_index_after(event)
-                items.append(StreamItem(event, entry.position))
+                if event is not None and self._takes(event, position):
+                    items.append(StreamItem(event, entry.position))
+            if self.parted:
+                break
         return items
+
+    def _takes(self, event: TaskEvent, position: tuple[int, int]) -> bool:
+        """Pass an event that is no token. False when the reader shouldn't get it.
+
+        A move that keeps fewer tokens than the reader has is kept from it: the tokens between will come again and be
+        left out, and a reader that resumed from this move would get them. One that keeps more, or an end after more,
+        can't be passed at all.
+        """
+        reached = _tokens_before(event)
+        if self.next_index is not None and reached is not None and reached > self.next_index:
+            self.parted = True
+            return False
+        self.position = position
+        if self.next_index is None:
+            self.next_index = _next_index_after(event)
+            return True
+        return not (isinstance(event, MigratedEvent) and event.tokens_kept < self.next_index)
 
     def fresh_tokens(self, attempt: int, tokens: Iterable[TokenEvent]) -> list[StreamItem]:
         """What is new of these tokens of one attempt."""
@@ -83,14 +101,24 @@ class Cursor:
             position = parse_position(item.position)
             if isinstance(item.event, TokenEvent):
                 taken += self.fresh_tokens(position[0], (item.event,))
-            elif position > self.position:
-                self.position = position
+            elif position > self.position and self._takes(item.event, position):
                 taken.append(item)
+            if self.parted:
+                break
         return taken
 
     def can_take(self, attempt: int, first_index: int) -> bool:
         """Whether tokens of this attempt from `first_index` on leave no gap after what was taken."""
         return self.position[0] == attempt and self.next_index is not None and first_index <= self.next_index
+
+
+def _tokens_before(event: TaskEvent) -> int | None:
+    """How many tokens come before this event, where it says so."""
+    match event:
+        case MigratedEvent(tokens_kept=count) | EndEvent(tokens_out=count):
+            return count
+        case _:
+            return None
 
 
 def _next_index_after(event: TaskEvent) -> int | None:

@@ -33,7 +33,7 @@ class Follower:
         self.doubted_at = now
         """When something last came, or the log was last asked whether it still leads on from here."""
         self.undone = False
-        """A failover has undone what the ring holds: the log has ended before it, or is gone."""
+        """A failover has undone what the ring holds: the log has ended before it, is gone, or went on another way."""
         self.relayed_here = False
         self.queue_position: int | None = None
         """Last one told, None once the task has started."""

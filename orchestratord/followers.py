@@ -123,7 +123,7 @@ class Followers:
         try:
             async for items in self._history(task_id, cursor, lambda: follower.floor):
                 yield items
-            if cursor.position < follower.floor and not self._closing:
+            if cursor.parted or (cursor.position < follower.floor and not self._closing):
                 # A failover has undone what the ring goes on from. Joining it would leave a hole; resuming doesn't.
                 self._house.observations.count("readers_cut_off", "undone")
                 return
@@ -150,7 +150,7 @@ class Followers:
     def _join(self, task_id: str, last: str) -> Follower:
         """The task's follower with this reader counted; a new one begins at the log's present end."""
         follower = self._followers.get(task_id)
-        if follower is None:
+        if follower is None or follower.undone:
             attempt, number = parse_position(last)
             follower = Follower(task_id, Cursor((attempt, number), number if attempt and number else None), self._now())
             follower.relayed_here = self._house.relays.has(task_id)
@@ -172,14 +172,23 @@ class Followers:
         self, task_id: str, cursor: Cursor, until: Callable[[], tuple[int, int]]
     ) -> AsyncGenerator[list[StreamItem]]:
         """Pages of the log up to a position (that may move on meanwhile), at the reader's own pace."""
+        resumed_at = cursor.position
         while cursor.position < until() and not self._closing:
             entries = await self._house.store.read_log(task_id, after=cursor.text, limit=PAGE)
             if not entries:
                 return
             before = cursor.position
             items = cursor.fresh(entries)
+            if cursor.parted and not items and before == resumed_at:
+                raise ApiError(
+                    ErrorCode.CONFLICT,
+                    "what this id followed was undone by a failover of Redis: read again from the start",
+                    param="Last-Event-ID",
+                )
             if items:
                 yield items
+            if cursor.parted:
+                return
             # Entries that hold nothing new (a rolled-back log) must not be read for ever.
             cursor.position = max(cursor.position, before, parse_position(entries[-1].position))
 
@@ -187,8 +196,9 @@ class Followers:
         """Everything from the ring on, each item once; [] after `keep_alive_s` of silence."""
         at, aligned, yielded_at = follower.base, False, self._now()
         while not cursor.finished:
-            if self._closing or follower.undone or at < follower.base:
-                why = "stopping" if self._closing else "undone" if follower.undone else "behind"
+            undone = follower.undone or cursor.parted
+            if self._closing or undone or at < follower.base:
+                why = "stopping" if self._closing else "undone" if undone else "behind"
                 self._house.observations.count("readers_cut_off", why)
                 return
             items = follower.items[at - follower.base :]
@@ -201,7 +211,7 @@ class Followers:
                 yielded_at = self._now()
             elif follower.cursor.finished:
                 return
-            else:
+            elif not cursor.parted:
                 await follower.changed()
             if aligned and at == follower.end and follower.cursor.finished:
                 return
@@ -252,6 +262,10 @@ class Followers:
             entries = await self._house.store.read_log(task_id, after=follower.cursor.text, limit=PAGE)
             follower.looked_at = self._now()
             follower.push(follower.cursor.fresh(entries), follower.looked_at)
+            if follower.cursor.parted:
+                follower.undone = True
+                follower.wake(follower.looked_at)
+                return
             if len(entries) < PAGE:
                 await self._doubt(follower)
                 return

@@ -146,3 +146,20 @@ async def test_a_reader_ahead_of_an_undone_log_gets_no_token_twice(town: Town) -
     items += await read_all(orchestrator.follow(task_id, TENANT, items[-1].position))
     assert tokens_of(items) == expected(3, 150, ignore_eos=True)[0]
     await town.audit()
+
+
+async def test_a_reader_that_came_another_way_is_told_so(town: Town) -> None:
+    """Its last id was in an attempt that was undone; the log has its next token in an earlier one."""
+    orchestrator = await town.replica()
+    first = await town.worker("w1", slots=1, token_ms=10)
+    await town.worker("w2", slots=1, token_ms=10)
+    task_id = await town.submit(seed=3, max_tokens=100, ignore_eos=True)
+    await until(lambda: first.counts["tokens"] + town.workers[1].counts["tokens"] >= 60, "tokens came")
+    runs_at = next(worker for worker in town.workers if worker.running)
+    await runs_at.die()
+    items = await read_all(orchestrator.follow(task_id, TENANT))
+    assert items[-1].position is not None and items[-1].position.startswith("2-")
+    for way in ("2-30", "2-59"):  # as a client would hold it, had attempt 2 begun earlier in another history
+        with pytest.raises(ApiError) as caught:
+            await read_all(orchestrator.follow(task_id, TENANT, way))
+        assert caught.value.code == "CONFLICT"

@@ -98,6 +98,40 @@ def test_a_rolled_back_log_repeats_no_index(made: tuple[list[LogEntry], int], he
     assert all(index >= held for index in indices)
 
 
+def moved(attempt: int, kept: int) -> LogEntry:
+    event = MigratedEvent(task_id="t", worker_id="w", attempt=attempt, reason="worker_lost", tokens_kept=kept)
+    return LogEntry(position=start_position(attempt), kind="migrated", data=encode_data(event))
+
+
+def tokens(attempt: int, *indices: int) -> LogEntry:
+    batch = tuple(token(index) for index in indices)
+    return LogEntry(position=token_position(attempt, indices[-1]), kind="tokens", tokens=batch)
+
+
+def ended(attempt: int, count: int) -> LogEntry:
+    event = EndEvent(stop_reason="EOS", tokens_in=1, tokens_out=count)
+    return LogEntry(position=terminal_position(attempt), kind="end", data=encode_data(event))
+
+
+def test_a_move_that_keeps_fewer_tokens_than_the_reader_has_is_kept_from_it() -> None:
+    """Resuming from such a move, on a new connection, the client got the tokens between a second time."""
+    entries = [moved(2, 3), tokens(2, 3, 4, 5), ended(2, 6)]
+    for take in (Cursor((1, 5), 5).fresh, lambda log: Cursor((1, 5), 5).fresh_items(Cursor((1, 3), 3).fresh(log))):
+        assert [item.position for item in take(entries)] == ["2-6", f"2-{TERMINAL}"]
+    assert next(item.position for item in Cursor((1, 3), 3).fresh(entries)) == "2-0"
+
+
+@pytest.mark.parametrize("beyond", [moved(3, 6), ended(2, 6)])
+def test_nothing_is_taken_across_a_hole(beyond: LogEntry) -> None:
+    """Log and reader had parted in a failover: the token between was never sent, and nobody noticed."""
+    cursor = Cursor((2, 5), 5)
+    assert cursor.fresh([beyond, tokens(3, 6)]) == []
+    assert cursor.parted and cursor.position == (2, 5)
+    other = Cursor((2, 5), 5)
+    assert other.fresh_items(Cursor((2, 0), None).fresh([beyond])) == []
+    assert other.parted
+
+
 @pytest.mark.parametrize("text", ["banana", "", "1", "1-", "-1", "1-2-3", "1.5-2", "1-18446744073709551616", "٣-1"])
 def test_what_is_no_position(text: str) -> None:
     with pytest.raises(ApiError) as raised:
