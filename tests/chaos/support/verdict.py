@@ -148,9 +148,7 @@ def judge(entries: Iterable[dict[str, Any]], references: Mapping[str, Reference]
         for reason in one.migrations:
             verdict.migrations[reason] = verdict.migrations.get(reason, 0) + 1
         for kind, detail in one.faults:
-            if (
-                kind == "not_kept"
-            ):  # where a log was rolled back, its tokens came again, and this client was spared them
+            if kind == "undone":
                 kind = "rolled_back" if may_roll_back else "lost"
             getattr(verdict, kind).append(detail)
         if one.gone:
