@@ -1,7 +1,8 @@
 """What orchestratord adds: the same streams through it and straight from the worker, side by side in one run.
 
-Starts a real stack (embedded Redis, orchestratord, one worker with the demo model). Each round streams the same tasks
-both ways, in alternating order; a figure is the median over rounds. CPU is what the kernel charged to orchestratord and
+Starts a real stack (embedded Redis, orchestratord, one worker with the demo model) and a second worker like the first
+that no orchestrator knows (one that knew it would cancel what it didn't send). Each round streams the same tasks both
+ways, in alternating order; a figure is the median over rounds. CPU is what the kernel charged to orchestratord and
 to Redis (with its supervisor), per token relayed.
 """
 
@@ -9,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ import psutil
 
 from bench.report import last_line, table, where, write_section
 from llorch_wire.sse import SseParser
-from tests.support.stack import Stack
+from tests.support.stack import Stack, free_port
 
 PROMPT = "Once upon a time"
 
@@ -66,9 +71,27 @@ def cpu_seconds(pid: int) -> float:
     return sum(t.user + t.system for t in times)
 
 
-async def one_round(stack: Stack, concurrency: int, tokens: int, seed: int, via: bool) -> dict[str, float]:
+@contextlib.contextmanager
+def lone_worker(folder: Path, slots: int) -> Iterator[str]:
+    """URL of a worker that serves whoever asks."""
+    ready, port = folder / "lone.json", free_port()
+    command = [sys.executable, "-m", "worker", "--model", "demo", "--worker-id", "lone", "--port", str(port)]
+    command += ["--ready-file", str(ready), "--slots", str(slots), "--threads", "1"]
+    with (folder / "lone.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not ready.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"the lone worker didn't start:\n{(folder / 'lone.log').read_text()[-2000:]}")
+                time.sleep(0.05)
+            yield json.loads(ready.read_text())["url"]
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+async def one_round(stack: Stack, worker: str, concurrency: int, tokens: int, seed: int, via: bool) -> dict[str, float]:
     parts = stack.parts()
-    worker = parts["workers"][0]["url"]
     pids = {"orchestratord": parts["orchestratord"]["pid"], "redis": parts["redis"]["pid"]}
     before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     begun = time.perf_counter()
@@ -85,11 +108,11 @@ async def one_round(stack: Stack, concurrency: int, tokens: int, seed: int, via:
     return {"ttft_ms": statistics.median(first for first, _, _ in results) * 1000, "tokens_s": total / elapsed, **used}
 
 
-async def measure(stack: Stack, concurrency: int, tokens: int, rounds: int) -> dict[str, float]:
+async def measure(stack: Stack, worker: str, concurrency: int, tokens: int, rounds: int) -> dict[str, float]:
     collected: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for number in range(-1, rounds):  # round -1 warms both ways up
         for via in (True, False) if number % 2 else (False, True):
-            result = await one_round(stack, concurrency, tokens, 1000 * (number + 2), via)
+            result = await one_round(stack, worker, concurrency, tokens, 1000 * (number + 2), via)
             if number >= 0:
                 collected[via].append(result)
         print(f"  {concurrency} streams, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -121,10 +144,12 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llorch-bench-") as folder:
-        stack = Stack(Path(folder), extra=("--slots", str(max(args.concurrency))))
+        slots = max(args.concurrency)
+        stack = Stack(Path(folder), extra=("--slots", str(slots), "--threads", "1"))
         stack.start()
         try:
-            results = [asyncio.run(measure(stack, c, args.tokens, args.rounds)) for c in args.concurrency]
+            with lone_worker(Path(folder), slots) as lone:
+                results = [asyncio.run(measure(stack, lone, c, args.tokens, args.rounds)) for c in args.concurrency]
         finally:
             stack.stop()
     rows = [
