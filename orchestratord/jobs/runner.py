@@ -128,12 +128,10 @@ class Jobs:
         await self._quietly("deliver", lambda: self._webhooks.deliver(task_id, tries))
 
     async def _retain(self, ctx: dict[str, Any]) -> None:
-        if await _is_first(ctx, "retention"):
-            await self._quietly("retention", self._retention.run)
+        await self._quietly("retention", lambda: _once(ctx, "retention", self._retention.run))
 
     async def _sweep(self, ctx: dict[str, Any]) -> None:
-        if await _is_first(ctx, "sweep"):
-            await self._quietly("sweep", self.audit)
+        await self._quietly("sweep", lambda: _once(ctx, "sweep", self.audit))
 
     async def audit(self) -> None:
         """Check the store's invariants and mend what can be; each finding is logged and counted."""
@@ -155,10 +153,11 @@ class Jobs:
             self._log.warning("background job failed", job=name, **describe_exception(error))
 
 
-async def _is_first(ctx: dict[str, Any], name: str) -> bool:
-    """Whether nobody has begun this period's run yet. `score` is the time it was scheduled for, alike everywhere."""
+async def _once(ctx: dict[str, Any], name: str, job: Callable[[], Awaitable[object]]) -> None:
+    """Run a period's job unless somebody has begun it. `score` is the time it was scheduled for, alike everywhere."""
     redis: ArqRedis = ctx["redis"]
-    return bool(await redis.set(f"arq:llorch:once:{name}:{ctx['score']}", b"1", nx=True, ex=3600))
+    if await redis.set(f"arq:llorch:once:{name}:{ctx['score']}", b"1", nx=True, ex=3600):
+        await job()
 
 
 async def _take_down(worker: Worker, redis: ArqRedis) -> None:
