@@ -12,7 +12,6 @@ import random
 import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 import redis
@@ -33,12 +32,13 @@ class Scene:
     town: Town
     clients: Clients
     rng: random.Random
-    scratch: Path
     longest_pause_s: float = 5.0
     missing: list[tuple[str, Missing]] = field(default_factory=list)
     """What Redis' files lacked of what clients held, where nothing may be lacking."""
     rolled_back: list[tuple[str, Missing]] = field(default_factory=list)
     """The same where a failover may undo writes: measured."""
+    undone: set[str] = field(default_factory=set)
+    """Tasks that an earlier failover undid, after their ends: they are missing ever since."""
 
     @property
     def redis(self) -> RedisSet:
@@ -192,9 +192,12 @@ async def redis_kill(scene: Scene) -> str | None:
 
 async def _check_files(scene: Scene, server: RedisServer, name: str, into: list[tuple[str, Missing]]) -> None:
     held = scene.clients.held()
-    missing = await asyncio.to_thread(missing_from_files, server, held, scene.scratch)
+    missing = await asyncio.to_thread(
+        missing_from_files, server, [one for one in held if one.task_id not in scene.undone]
+    )
     if missing:
         into.append((name, missing))
+        scene.undone.update(missing.tasks, missing.ends)
 
 
 async def redis_pause(scene: Scene) -> str | None:
@@ -321,6 +324,21 @@ async def cluster_node_kill(scene: Scene) -> str | None:
             await _check_files(scene, node, "cluster_node_kill", scene.missing)
         await asyncio.to_thread(node.start)
         return f"port {node.port}{', which holds the data' if node is holder else ''}"
+
+
+async def zombies(scene: Scene) -> str | None:
+    """A replica stands still, its tasks are adopted, their worker dies, they go on elsewhere: then it wakes, finds the
+    worker dead, and would send back attempts that are long over."""
+    async with _victim(scene, scene.town.replicas) as replica, _victim(scene, scene.town.workers) as worker:
+        if replica is None or worker is None:
+            return None
+        replica.send(signal.SIGSTOP)
+        await asyncio.sleep(3.5)
+        worker.kill()
+        await asyncio.sleep(2.0)
+        replica.send(signal.SIGCONT)
+        await _again(worker, 4.0)
+        return f"{replica.name} and {worker.name}"
 
 
 REPLICA_FAULTS: dict[str, Fault] = {

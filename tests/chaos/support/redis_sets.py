@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,12 +148,12 @@ def cluster() -> Generator[ClusterSet]:
         yield ClusterSet(group, jobs)
 
 
-def missing_from_files(server: RedisServer, held: Iterable[Held], scratch: Path) -> Missing:
+def missing_from_files(server: RedisServer, held: Iterable[Held]) -> Missing:
     """What the files of a dead (or frozen) server lack of what clients hold; its files are copied and loaded apart.
 
     Nobody can write to it meanwhile, so this is exact: everything a client holds must have been on disk before.
     """
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix="llorch-copy-", dir="/tmp"))  # short: it holds a socket
     shutil.copytree(server.options["dir"] + "/appendonlydir", scratch / "appendonlydir")
     options = {
         "port": "0", "unixsocket": str(scratch / "s"), "dir": str(scratch), "save": "", "appendonly": "yes",

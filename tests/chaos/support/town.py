@@ -49,6 +49,7 @@ class Plan:
     real_worker: bool = False
     launcher: tuple[str, ...] = ("orchestratord",)
     """Module of a replica's program and its own arguments: a saboteur's, where a test shows that a check bites."""
+    worker_module: str = "tests.support.scripted_worker"
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=lambda: dict(KEYS))
 
@@ -92,7 +93,7 @@ class Town:
         name, port = f"worker{number}", free_port()
         place = self._places.get(name, Place())
         command = [
-            *place.prefix, sys.executable, "-m", "tests.support.scripted_worker", "--worker-id", name,
+            *place.prefix, sys.executable, "-m", self.plan.worker_module, "--worker-id", name,
             "--host", place.host, "--port", str(port), "--slots", str(self.plan.slots),
             "--token-ms", str(self.plan.token_ms), "--model", SCRIPTED,
         ]  # fmt: skip

@@ -136,9 +136,11 @@ class Verdict:
         return not any(getattr(self, name) for name in self.BROKEN)
 
 
-def judge(entries: Iterable[dict[str, Any]], references: Mapping[str, Reference], *, may_roll_back: bool) -> Verdict:
+def judge(
+    entries: Iterable[dict[str, Any]], references: Mapping[str, Reference], *, may_roll_back: bool, pure: bool = True
+) -> Verdict:
     """The verdict on a ledger. `references` has the undisturbed answers of bodies that aren't for scripted workers,
-    by `reference_key`."""
+    by `reference_key`. Without `pure` there are none, and texts aren't compared."""
     verdict = Verdict()
     for one in transcripts(entries).values():
         if not one.acked:
@@ -153,7 +155,8 @@ def judge(entries: Iterable[dict[str, Any]], references: Mapping[str, Reference]
             getattr(verdict, kind).append(detail)
         if one.gone:
             (verdict.rolled_back if may_roll_back else verdict.lost).append(f"{one.task_id}: {', '.join(one.gone)}")
-        _judge_end(verdict, one, references, may_roll_back)
+        if pure or one.terminal is None:
+            _judge_end(verdict, one, references, may_roll_back)
     return verdict
 
 

@@ -1,0 +1,28 @@
+"""What the chaos tests share: long deadlines, and a Redis server that must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+
+from orchestratord.redis_server import NoRedisServerError, find_server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here kills processes, and takes its time."""
+    for item in items:
+        if "tests/chaos/" in item.path.as_posix():
+            item.add_marker(pytest.mark.chaos)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(autouse=True)
+def a_redis_server(missing_service: Callable[[str], NoReturn]) -> None:
+    """There is a server program."""
+    try:
+        find_server()
+    except NoRedisServerError as error:
+        missing_service(str(error))
