@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
 
 def where() -> str:
-    """Commit, processor and date of this run, in one line."""
+    """Commit, processor, date and how busy the machine was, in one line."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=PAGE.parent)
     model = next(
         (
@@ -26,7 +26,7 @@ def where() -> str:
     )
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.stdout.strip()}, {os.cpu_count()} cores of {model}, "
-        f"Python {platform.python_version()}"
+        f"Python {platform.python_version()}, load average {os.getloadavg()[1]:.0f}"
     )
 
 
