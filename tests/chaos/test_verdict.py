@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,11 +75,9 @@ def test_each_fault_has_its_name(events: list[Event], kind: str) -> None:
 
 def test_an_acknowledged_task_that_is_unknown_is_lost_but_for_a_failover() -> None:
     gone = {"k": "gone", "task": "t", "why": "404"}
-    again: Callable[[], dict[str, Any]] = lambda: {
-        "k": "ev", "task": "t", "n": 2, "e": [[n, at, json.dumps(d)] for n, at, d in WHOLE],
-    }  # fmt: skip
-    assert verdict(WHOLE[:2], gone, again()).lost
-    undone = verdict(WHOLE[:2], gone, again(), may_roll_back=True)
+    again = {"k": "ev", "task": "t", "n": 2, "e": [[name, at, json.dumps(data)] for name, at, data in WHOLE]}
+    assert verdict(WHOLE[:2], gone, again).lost
+    undone = verdict(WHOLE[:2], gone, again, may_roll_back=True)
     assert undone.clean and undone.rolled_back
     assert verdict([tok(0), tok(0)], may_roll_back=True).doubled, "no failover excuses this"
 
