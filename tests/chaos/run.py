@@ -10,19 +10,24 @@ import contextlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos.support import redis_sets
 from tests.chaos.support.faults import faults_of
+from tests.chaos.support.partition import PartitionedSet, partitioned
 from tests.chaos.support.report import Report
 from tests.chaos.support.running import Course, chaos_run
 from tests.chaos.support.town import Plan, town_of
 
-SETS = {
+SETS: dict[str, Callable[[], AbstractContextManager[redis_sets.RedisSet]]] = {
     "redis": redis_sets.plain,
     "sentinel": redis_sets.sentinel,
     "sentinel-min-replicas": lambda: redis_sets.sentinel(min_replicas=1),
     "cluster": redis_sets.cluster,
+    "partition": partitioned,
 }
 
 
@@ -31,11 +36,14 @@ async def one(name: str, plan: Plan, course: Course, only: list[str] | None = No
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(SETS[name]())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llorch-chaos-")))
+        places = redis.places if isinstance(redis, PartitionedSet) else None
+        if places is not None:  # the real worker would have to be on a cable too, with its engine
+            plan, course = replace(plan, real_worker=False), replace(course, demo_clients=0)
         faults = faults_of(redis.name, real_worker=plan.real_worker)
         faults = {kind: fault for kind, fault in faults.items() if only is None or kind in only}
         clean = False
         try:
-            async with town_of(redis, plan, folder) as town:
+            async with town_of(redis, plan, folder, places) as town:
                 report = await chaos_run(town, faults, course, folder)
             report.topology = name
             clean = not report.failures()

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import redis
 
 from tests.chaos.support.clients import Clients
+from tests.chaos.support.partition import DATA, REDIS, PartitionedSet
 from tests.chaos.support.processes import Part, until
 from tests.chaos.support.redis_sets import Missing, RedisSet, SentinelSet, missing_from_files
 from tests.chaos.support.town import Town
@@ -341,6 +342,47 @@ async def zombies(scene: Scene) -> str | None:
         return f"{replica.name} and {worker.name}"
 
 
+# ---- partitions
+
+
+async def _cut(
+    scene: Scene, parts: Sequence[Part], networks: Sequence[str], seconds: tuple[float, float]
+) -> str | None:
+    redis = scene.redis
+    assert isinstance(redis, PartitionedSet)
+    async with _victim(scene, parts) as part:
+        if part is None:
+            return None
+        for network in networks:
+            redis.cables.cut(part.name, network)
+        try:
+            await asyncio.sleep(pause := scene.rng.uniform(*seconds))
+        finally:
+            for network in networks:
+                redis.cables.mend(part.name, network)
+        return f"{part.name} for {pause:.1f} s"
+
+
+async def cut_worker(scene: Scene) -> str | None:
+    """A worker is cut off: it goes on generating and nobody hears it."""
+    return await _cut(scene, scene.town.workers, (DATA,), (5.0, 9.0))
+
+
+async def cut_replica_from_redis(scene: Scene) -> str | None:
+    """A replica reads its workers and answers its clients, but can't reach Redis: its tasks are adopted meanwhile."""
+    return await _cut(scene, scene.town.replicas, (REDIS,), (4.0, 9.0))
+
+
+async def cut_replica_from_workers(scene: Scene) -> str | None:
+    """A replica keeps its lease in Redis, but hears no worker and no client."""
+    return await _cut(scene, scene.town.replicas, (DATA,), (4.0, 9.0))
+
+
+async def cut_replica(scene: Scene) -> str | None:
+    """A replica is cut off from everything."""
+    return await _cut(scene, scene.town.replicas, (DATA, REDIS), (4.0, 9.0))
+
+
 REPLICA_FAULTS: dict[str, Fault] = {
     "replica_kill": replica_kill, "replica_stop": replica_stop, "replica_term": replica_term,
 }  # fmt: skip
@@ -357,11 +399,20 @@ SENTINEL_FAULTS: dict[str, Fault] = {
     "sentinel_failover_lagging": sentinel_failover_lagging,
     "sentinel_master_pause": sentinel_master_pause,
 }
+PARTITION_FAULTS: dict[str, Fault] = {
+    **SINGLE_FAULTS,
+    "cut_worker": cut_worker,
+    "cut_replica_from_redis": cut_replica_from_redis,
+    "cut_replica_from_workers": cut_replica_from_workers,
+    "cut_replica": cut_replica,
+}
 CLUSTER_FAULTS: dict[str, Fault] = {**SINGLE_FAULTS, "cluster_node_kill": cluster_node_kill}
 
 
 def faults_of(kind: str, *, real_worker: bool) -> dict[str, Fault]:
     """Every kind of fault that a deployment of Redis goes through."""
-    own = {"redis": SINGLE_FAULTS, "sentinel": SENTINEL_FAULTS, "cluster": CLUSTER_FAULTS}[kind]
+    own = {
+        "redis": SINGLE_FAULTS, "sentinel": SENTINEL_FAULTS, "cluster": CLUSTER_FAULTS, "partition": PARTITION_FAULTS,
+    }[kind]  # fmt: skip
     real = REAL_FAULTS if real_worker else {}
     return {**REPLICA_FAULTS, **WORKER_FAULTS, **real, **REDIS_FAULTS, **own}
