@@ -1,8 +1,8 @@
 """How long a stream pauses when what serves it dies: `python -m tests.chaos.latency --rounds 5`.
 
-20 streams, so that the processor isn't the limit. Each round kills the replica that all clients read from (and that
-relays most tasks), then one of the two workers. A sample is the time from SIGKILL to a client's next token, which comes
-at another replica in the first case. With `stop`, the worker is stopped instead: its sockets stay open.
+20 streams, so that the processor is not the limit. A round kills the replica that relays every task and that all clients
+read from; or one of the two workers; or stops it, so that its sockets stay open. A sample is the time from the signal
+to the next token of a client; after the death of a replica only one that comes over a new connection, to another one.
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ class Reader:
         self.cursor: str | None = None
         self.next_index = 0
         self.worker = ""
-        self.token_at = 0.0
         self.resumed_at: float | None = None
         """When the first token after the fault came."""
         self.fault_at: float | None = None
+        self.elsewhere = False
+        """Only what comes over a new connection counts."""
 
     async def run(self, town: Town) -> None:
         """Read for ever; on a break go on at the next replica."""
@@ -82,27 +83,29 @@ class Reader:
             last = {} if self.cursor is None else {"Last-Event-ID": self.cursor}
             with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
                 async with town.session.get(url, headers=headers | last, timeout=timeout) as reply:
+                    opened_at = time.monotonic()
                     parser = SseParser()
                     async for chunk in reply.content.iter_any():
                         for frame in parser.feed(chunk):
-                            self._take(frame.event, frame.id, orjson.loads(frame.data))
+                            self._take(frame.event, frame.id, orjson.loads(frame.data), opened_at)
             replica = (replica + 1) % len(town.urls)
             await asyncio.sleep(0.02)
 
-    def _take(self, name: str, position: str | None, data: dict[str, Any]) -> None:
+    def _take(self, name: str, position: str | None, data: dict[str, Any], opened_at: float) -> None:
         self.cursor = position or self.cursor
         if name in ("started", "migrated"):
             self.worker = data["worker_id"]
         elif name == "token":
             assert data["i"] == self.next_index, f"{self.task_id}: token {data['i']} where {self.next_index} was due"
             self.next_index += 1
-            self.token_at = time.monotonic()
-            if self.fault_at is not None and self.resumed_at is None:
-                self.resumed_at = self.token_at
+            if self.fault_at is None or self.resumed_at is not None:
+                return
+            if not self.elsewhere or opened_at > self.fault_at:
+                self.resumed_at = time.monotonic()
 
-    def hit(self) -> None:
+    def hit(self, elsewhere: bool) -> None:
         """The fault is now."""
-        self.fault_at, self.resumed_at = time.monotonic(), None
+        self.fault_at, self.resumed_at, self.elsewhere = time.monotonic(), None, elsewhere
 
 
 async def measure(rounds: int, folder: Path, cases: tuple[Case, ...] = CASES) -> Figures:
@@ -118,7 +121,7 @@ async def measure(rounds: int, folder: Path, cases: tuple[Case, ...] = CASES) ->
 
 async def _round(town: Town, case: Case, number: int, figures: Figures) -> None:
     await town.all_ready()
-    readers = [Reader(await _submit(town, number * 100 + i), VICTIM) for i in range(STREAMS)]
+    readers = [Reader(task_id, VICTIM) for task_id in await _submit_all(town, number)]
     async with _beside(readers, town):
         await _until(lambda: all(reader.next_index > 10 for reader in readers), "every stream flows")
         if case == "replica_kill":
@@ -134,7 +137,7 @@ async def _round(town: Town, case: Case, number: int, figures: Figures) -> None:
         else:
             victim.send(signal.SIGKILL)
         for reader in hit:
-            reader.hit()
+            reader.hit(elsewhere=case == "replica_kill")
         await _until(lambda: all(reader.resumed_at is not None for reader in hit), "every stream goes on")
     figures.samples[case] += [(reader.resumed_at or 0) - (reader.fault_at or 0) for reader in hit]
     if case == "worker_stop":
@@ -173,8 +176,24 @@ async def _beside(readers: list[Reader], town: Town) -> Any:
                 raise outcome
 
 
+async def _submit_all(town: Town, number: int) -> list[str]:
+    """Through the victim, which relays them all: the others are stopped for a moment, shorter than their leases."""
+    others = [part for place, part in enumerate(town.replicas) if place != VICTIM]
+    for part in others:
+        part.send(signal.SIGSTOP)
+    try:
+        task_ids = [await _submit(town, number * 100 + i) for i in range(STREAMS)]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while len(await town.store.owned("replica-0")) < STREAMS:
+                    await asyncio.sleep(0.01)
+    finally:
+        for part in others:
+            part.send(signal.SIGCONT)
+    return task_ids
+
+
 async def _submit(town: Town, seed: int) -> str:
-    """Through the victim, which then relays most of them itself."""
     body = {
         "task_id": str(uuid.uuid4()), "model": SCRIPTED, "prompt": "latency", "max_tokens": 4000, "seed": seed,
         "ignore_eos": True,
