@@ -101,7 +101,8 @@ class Settlement:
         needed = 0
         if isinstance(event, EndEvent):
             needed = relay.next_index
-            event = msgspec.structs.replace(event, tokens_out=needed)
+            queued_ms = event.queue_time_ms + await self._waited_ms(task)
+            event = msgspec.structs.replace(event, tokens_out=needed, queue_time_ms=queued_ms)
         else:
             payload = await until_stored(lambda: house.store.payload(task.task_id), house.observations, "payload")
             event = without_quotes(event, payload or b"")
@@ -121,6 +122,16 @@ class Settlement:
         for _ in range(ACK_TRIES):
             if await house.client.acknowledge(task.worker_url, task.task_id, task.attempt, task.correlation_id):
                 return
+
+    async def _waited_ms(self, task: RunningTask) -> int:
+        """From admission to the first start. The worker knows only of its own queue."""
+        started_at_ms: int | None = task.claimed_at_ms
+        if task.attempt > 1:
+            record = await until_stored(
+                lambda: self._house.store.task(task.task_id, None), self._house.observations, "task"
+            )
+            started_at_ms = None if record is None else record.started_at_ms
+        return 0 if started_at_ms is None else max(0, started_at_ms - task.created_at_ms)
 
     async def _lose(self, relay: Relay, why: str, reason: RequeueReason, *, blameless: bool) -> None:
         task = relay.task

@@ -152,3 +152,16 @@ async def test_a_reader_that_falls_behind_is_cut_off_and_resumes(town: Town, mon
     cursor = [item.position for item in items if item.position][-1]
     items += await read_all(orchestrator.follow(task_id, TENANT, cursor))
     assert tokens_of(items) == expected(2, 400, ignore_eos=True)[0]
+
+
+async def test_the_end_tells_how_long_the_task_waited(town: Town) -> None:
+    orchestrator = await town.replica()
+    worker = await town.worker(slots=1, token_ms=10)
+    await town.submit(seed=1, max_tokens=30, ignore_eos=True)
+    waits = await town.submit(seed=2, max_tokens=30, ignore_eos=True)
+    await until(lambda: worker.counts["executes"] == 2, "the second runs")
+    await worker.restart()
+    end = (await read_all(orchestrator.follow(waits, TENANT)))[-1].event
+    record = (await orchestrator.task(waits, TENANT)).record
+    assert isinstance(end, EndEvent) and record.started_at_ms is not None and record.attempt == 2
+    assert end.queue_time_ms == record.started_at_ms - record.created_at_ms >= 200
