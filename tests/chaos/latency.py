@@ -1,8 +1,8 @@
 """How long a stream pauses when what serves it dies: `python -m tests.chaos.latency --rounds 5`.
 
-20 streams, so that the processor is not the limit. A round kills the replica that relays every task and that all clients
-read from; or one of the two workers; or stops it, so that its sockets stay open. A sample is the time from the signal
-to the next token of a client; after the death of a replica only one that comes over a new connection, to another one.
+20 streams, so that the processor isn't the limit. A round kills the replica that relays every task and that all
+clients read from; or one of the two workers; or stops it, so that its sockets stay open. A sample is the time from the
+signal to a client's next token; after a replica's death only one that comes over a new connection, to another one.
 """
 
 from __future__ import annotations
