@@ -101,7 +101,9 @@ def write_tiny_model(config: Any, folder: Path) -> None:
 
 def reference(folder: Path) -> Any:
     """The same model as transformers runs it by itself."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    return model
 
 
 def generate(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
@@ -114,6 +116,7 @@ def generate(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
             do_sample=False,
             eos_token_id=None,
         )
+    assert out.shape[1] == len(prompt) + new_tokens
     return out[0, len(prompt) :].tolist()
 
 

@@ -40,6 +40,11 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cas
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
+def as_model(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, size] → [1, heads, rows, size], as the models hand it over."""
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
 def run_case(
     attention, cache: KVCache, case: Case, blocks: list[list[int]], seed: int = 0
 ) -> tuple[float, torch.Tensor]:
@@ -63,19 +68,19 @@ def run_case(
     for index in sorted(range(len(case.lengths)), key=lambda i: case.new[i] > 1):
         start = case.lengths[index] - case.new[index]
         rows = torch.tensor(cache.rows(blocks[index], 0, start), dtype=torch.int64, device=device)
-        cache.write(0, rows, histories[index][1][:start], histories[index][2][:start])
+        cache.write(0, rows, as_model(histories[index][1][:start]), as_model(histories[index][2][:start]))
         spans.append(Span(index, row, start, case.new[index], blocks[index]))
         row += case.new[index]
     singles = sum(1 for span in spans if span.count == 1)
     batch = PackedBatch([0] * row, [0] * row, spans, row, [], singles)
 
     def new_rows(part: int) -> torch.Tensor:
-        return torch.cat([histories[span.chunk][part][span.start :] for span in spans])
+        return as_model(torch.cat([histories[span.chunk][part][span.start :] for span in spans]))
 
     with torch.inference_mode():
         out = attention.attend(
             attention.plan(batch), 0, new_rows(0), new_rows(1), new_rows(2), case.scale, case.window
-        ).clone()
+        )[0].clone()
     expected = torch.cat(
         [reference(histories[s.chunk][0][s.start :], histories[s.chunk][1], histories[s.chunk][2], case) for s in spans]
     )

@@ -14,10 +14,11 @@ import torch
 
 from worker.engine.attention import choose_attention
 from worker.engine.block_manager import BlockManager
-from worker.engine.cpu_layers import PLAIN_PADDING, RowPadding, prepare_for_cpu
+from worker.engine.cpu_layers import PADDINGS, RowPadding, prepare_for_cpu
 from worker.engine.exactness import forward_is_exact
 from worker.engine.experts import EXPERTS_NAME, register_experts
 from worker.engine.kv_cache import KVCache, KVShape
+from worker.engine.lean_layer import make_lean
 from worker.engine.loader import LoadedModel, LoadError, load_model
 from worker.engine.loop import Channel, EngineLoop
 from worker.engine.machine import CPU_KV_SHARE, MAX_CPU_KV_BYTES, available_memory_bytes
@@ -152,8 +153,10 @@ def kv_shape(loaded: LoadedModel) -> KVShape:
 def _prepare(loaded: LoadedModel, device: torch.device) -> RowPadding:
     if device.type == "cpu" and loaded.dtype is torch.float32:
         config = loaded.model.config
-        return prepare_for_cpu(loaded.model, getattr(config, "hidden_act", None) or config.hidden_activation)
-    return PLAIN_PADDING if device.type == "cpu" else RowPadding(1, 1)
+        padding = prepare_for_cpu(loaded.model, getattr(config, "hidden_act", None) or config.hidden_activation)
+        make_lean(loaded.model)
+        return padding
+    return PADDINGS[-1] if device.type == "cpu" else RowPadding(1, 1)
 
 
 def _may_be_exact(loaded: LoadedModel, options: EngineOptions) -> bool:

@@ -45,7 +45,10 @@ class Attention(Protocol):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """query [rows, heads, size], keys and values [rows, kv heads, size] → [rows, heads, size]."""
+        """query [1, heads, rows, size], keys and values [1, kv heads, rows, size] → [1, rows, heads, size].
+
+        The shapes in which transformers' models hand over and take back.
+        """
         ...
 
 
@@ -136,16 +139,22 @@ def _error(attention: Attention, cache: KVCache, heads: int, window: int | None)
         blocks = [free.pop() for _ in range(-(-length // cache.block_tokens))]
         spans.append(Span(index, sum(new[:index]), length - count, count, blocks))
         rows = torch.tensor(cache.rows(spans[index].blocks, 0, length), device=device)
-        cache.write(0, rows, sequences[index][1], sequences[index][2])
+        cache.write(0, rows, _as_model(sequences[index][1]), _as_model(sequences[index][2]))
     batch = PackedBatch([0] * sum(new), [0] * sum(new), spans, sum(new), [], 2)
     query, keys, values = (
-        torch.cat([tensors[part][-count:] for tensors, count in zip(sequences, new, strict=True)]) for part in range(3)
+        _as_model(torch.cat([tensors[part][-count:] for tensors, count in zip(sequences, new, strict=True)]))
+        for part in range(3)
     )
     scale = shape.head_dim**-0.5
     with torch.inference_mode():
         out = attention.attend(attention.plan(batch), 0, query, keys, values, scale, window)
         expected = torch.cat([_plain(*s, count, scale, window) for s, count in zip(sequences, new, strict=True)])
-        return float((out.float() - expected).abs().max())
+        return float((out[0].float() - expected).abs().max())
+
+
+def _as_model(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, size] → [1, heads, rows, size]."""
+    return rows.transpose(0, 1).unsqueeze(0)
 
 
 def _plain(

@@ -81,11 +81,14 @@ class PagedAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Store the new keys and values [rows, kv heads, size], then attend `query` [rows, heads, size]."""
+        """Store the new keys and values [1, kv heads, rows, size], then attend `query` [1, heads, rows, size].
+
+        Returns [1, rows, heads, size].
+        """
         self._cache.write(layer, plan.rows, keys, values)
         pages_k, pages_v = self._pages[layer]
         sides = (-1, 0) if window is None else (window - 1, 0)
-        query = query.contiguous()
+        query = query[0].transpose(0, 1).contiguous()
         outputs = [
             self._kernel(query[part.first_row : part.last_row], pages_k, pages_v, part, scale, sides)
             for part in plan.parts
@@ -93,7 +96,7 @@ class PagedAttention:
         padding = query.shape[0] - plan.parts[-1].last_row
         if padding:
             outputs.append(query.new_zeros((padding, *query.shape[1:])))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
 
     def _part(self, spans: list[Span]) -> Part:
         size = self._cache.block_tokens

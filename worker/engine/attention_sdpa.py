@@ -33,12 +33,14 @@ class SdpaPlan:
     """
 
     def __init__(self, batch: PackedBatch, rows: torch.Tensor, queries: torch.Tensor, out: torch.Tensor) -> None:
+        groups = out.shape[2]
         self.batch = batch
         self.rows = rows
         self.queries = queries
-        self.queries_in = queries[:, :, : out.shape[2]]
+        self.queries_in = queries[:, :, :groups].permute(1, 2, 0, 3)
         self.out = out
         self.singles_out = out[: batch.num_decodes]
+        self.result = out.flatten(1, 2).unsqueeze(0)
         self.singles: dict[int | None, list[tuple[torch.Tensor, Read]]] = {}
         self.chunks: dict[int | None, list[Read]] = {}
 
@@ -83,18 +85,19 @@ class SdpaAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Store the new keys and values [rows, kv heads, head size], then attend `query` [rows, heads, head size].
+        """Store the new keys and values [1, kv heads, rows, size], then attend `query` [1, heads, rows, size].
 
-        Returns [rows, heads, head size], good until the next call; padding rows are zero.
+        Returns [1, rows, heads, size], good until the next call; padding rows are zero.
         """
         self._cache.write(layer, plan.rows, keys, values)
         if window not in plan.singles:
             self._add_reads(plan, window)
-        rows, heads, size = query.shape
-        grouped = query.view(rows, heads // self._groups, self._groups, size)
+        _, heads, rows, size = query.shape
+        grouped = query.view(heads // self._groups, self._groups, rows, size)
         singles = plan.singles[window]
         if singles:
-            plan.queries_in.copy_(grouped[: plan.batch.num_decodes])
+            count = plan.batch.num_decodes
+            plan.queries_in.copy_(grouped if count == rows else grouped[:, :, :count])
             attended: list[torch.Tensor] = []
             for queries, read in singles:
                 k, v = self._keys_values(read, layer)
@@ -103,7 +106,7 @@ class SdpaAttention:
             plan.singles_out.copy_(whole[:, :, : self._groups])
         for read in plan.chunks[window]:
             plan.out[read.row : read.row + read.count] = self._attend_chunk(read, layer, grouped, scale)
-        return plan.out.view(rows, heads, size)
+        return plan.result
 
     def _add_reads(self, plan: SdpaPlan, window: int | None) -> None:
         reads = self._reads.of(plan.batch, window)
@@ -112,10 +115,10 @@ class SdpaAttention:
 
     def _attend_chunk(self, read: Read, layer: int, grouped: torch.Tensor, scale: float) -> torch.Tensor:
         k, v = self._keys_values(read, layer)
-        tile = grouped[read.row : read.row + read.count]
-        kv_heads, size = tile.shape[1], tile.shape[3]
+        tile = grouped[:, :, read.row : read.row + read.count]
+        kv_heads, size = tile.shape[0], tile.shape[3]
         rows = self._groups * read.count
-        packed = tile.permute(1, 2, 0, 3).reshape(1, kv_heads, rows, size)
+        packed = tile.reshape(1, kv_heads, rows, size)
         packed = F.pad(packed, (0, 0, 0, -rows % ROWS))
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=read.mask, scale=scale)
         return out[0, :, :rows].view(kv_heads, self._groups, read.count, size).permute(2, 0, 1, 3)

@@ -131,8 +131,11 @@ class PaddedGenerate:
         answer = max(job.answer_tokens for job in jobs)
         started = time.perf_counter()
         with torch.inference_mode():
-            self._model.generate(ids, attention_mask=mask, generation_config=_greedy(answer))
-        return Run(seconds=time.perf_counter() - started, tokens=sum(job.answer_tokens for job in jobs))
+            out = self._model.generate(ids, attention_mask=mask, generation_config=_greedy(answer))
+        seconds = time.perf_counter() - started
+        if out.shape[1] != longest + answer:
+            raise RuntimeError("generate stopped early; the comparison would be unfair")
+        return Run(seconds=seconds, tokens=sum(job.answer_tokens for job in jobs))
 
     def close(self) -> None:
         """Nothing runs between runs."""
@@ -213,6 +216,8 @@ def reference_model(folder: Path, attention: str = "sdpa") -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
     )
+    # generate fills what a request leaves open from the model's defaults, and would stop at its end-of-sequence.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
     return model.eval()
 
 

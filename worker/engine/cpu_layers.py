@@ -1,12 +1,15 @@
-"""Layers for float32 on CPUs: weights that oneDNN has laid out once, activations that don't care where a row stands.
+"""Layers for float32 on CPUs: the same numbers for a row whoever stands beside it, and less time for few rows.
 
 Read `prepare_for_cpu` first. Two things make a row's result depend on its neighbours on a CPU, and both go away here:
 
-- A matrix product over few rows takes another path than one over many. oneDNN's packed layers take the same from two
-  rows on (checked here, for each shape of the model); they also need about half the time of torch's plain linear for a
-  step of few rows, because that packs the weights anew every time.
+- A matrix product over few rows takes another path than one over many. Rows are padded, and for each shape of the
+  model it is tried out here from how many rows on the path stays the same.
 - torch's SiLU and GELU treat the last elements of a thread's share with scalar code that rounds differently. Written
-  out with exp, which doesn't, they give every element the same.
+  out with exp, which doesn't, they give every element the same. (With one or two threads a share ends where a row
+  does, and they can stay.)
+
+And three make it faster: layers over the same input become one; large weights are laid out once by oneDNN, where
+torch's plain product packs them anew in every step; RMSNorm is one call.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 logger = logging.getLogger("llorch.engine")
 
 _ROWS_HINT = 8
-_TRIED_ROWS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 33, 40, 63, 64)
+_TRIED_ROWS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 34, 40, 44, 62, 64)
+_PACKED_FROM = 2**19
+"""Weights of fewer numbers stay with torch's plain product: oneDNN takes 15 microseconds to begin, several times that
+between other work, when its code has left the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +44,9 @@ class RowPadding:
         return max(self.minimum - rows, -rows % self.multiple)
 
 
-PLAIN_PADDING = RowPadding(8, 8)
-"""What torch's plain linear layers need for a row not to depend on the others."""
+PADDINGS = (RowPadding(4, 4), RowPadding(8, 8))
+"""Tried in this order. oneDNN could do with two rows, but reads large weights faster for four; plain products need
+four, and eight where that turns out to be too few."""
 
 
 class PackedLinear(nn.Module):
@@ -46,6 +54,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
         bias = cast("torch.Tensor | None", linear.bias)
         self.bias = None if bias is None else bias.detach()
@@ -55,51 +64,63 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class FusedLinear(nn.Module):
-    """Several linear layers over the same input as one product; `parts` hand out the pieces.
+class _Shared:
+    """What the parts of a fused layer have in common. No Module: assigning to one's attributes takes microseconds."""
 
-    The model calls its query, key and value projections (or gate and up) one after the other with the same tensor. The
-    first call computes them all, the others return their slice of it. Each call costs some 15 microseconds before any
-    arithmetic, which is most of what a small model's step takes.
-    """
+    __slots__ = ("input", "layer", "pieces", "sizes")
 
     def __init__(self, linears: list[nn.Linear]) -> None:
-        super().__init__()
-        biases = [cast("torch.Tensor | None", linear.bias) for linear in linears]
-        joined = nn.Linear(
-            linears[0].in_features, sum(linear.out_features for linear in linears), bias=biases[0] is not None
-        )
-        with torch.no_grad():
-            joined.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
-            if biases[0] is not None:
-                joined.bias = nn.Parameter(torch.cat([b for b in biases if b is not None]), requires_grad=False)
-        self.linear = joined
-        self._sizes = [linear.out_features for linear in linears]
-        self._input: torch.Tensor | None = None
-        self._pieces: tuple[torch.Tensor, ...] = ()
-
-    def piece(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Output of the layer `index` for x [..., in]."""
-        if x is not self._input:
-            self._pieces = self.linear(x).split(self._sizes, dim=-1)
-            self._input = x
-        result = self._pieces[index]
-        if index == len(self._sizes) - 1:
-            self._input, self._pieces = None, ()
-        return result
+        self.sizes = [linear.out_features for linear in linears]
+        self.layer: nn.Module = _joined(linears)
+        self.input: torch.Tensor | None = None
+        self.pieces: tuple[torch.Tensor, ...] = ()
 
 
 class LinearPart(nn.Module):
-    """One of the layers in a FusedLinear."""
+    """One of several linear layers over the same input, which are computed as one.
 
-    def __init__(self, fused: FusedLinear, index: int) -> None:
+    The model calls its query, key and value projections (or gate and up) one after the other with the same tensor. The
+    first computes them all, the others hand out their slices of it.
+    """
+
+    def __init__(self, shared: _Shared, index: int) -> None:
         super().__init__()
-        self._fused = (fused,)  # in a tuple, so that it isn't registered several times
+        self.shared = shared
         self._index = index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
-        return self._fused[0].piece(self._index, x)
+        shared = self.shared
+        if x is not shared.input:
+            shared.pieces = shared.layer.forward(x).split(shared.sizes, dim=-1)
+            shared.input = x
+        result = shared.pieces[self._index]
+        if self._index == len(shared.sizes) - 1:
+            shared.input, shared.pieces = None, ()
+        return result
+
+
+def _joined(linears: list[nn.Linear]) -> nn.Linear:
+    biases = [cast("torch.Tensor | None", linear.bias) for linear in linears]
+    joined = nn.Linear(linears[0].in_features, sum(x.out_features for x in linears), bias=biases[0] is not None)
+    with torch.no_grad():
+        joined.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        if biases[0] is not None:
+            joined.bias = nn.Parameter(torch.cat([b for b in biases if b is not None]), requires_grad=False)
+    return joined
+
+
+class FusedRMSNorm(nn.Module):
+    """x / rms(x) * weight, in one call; the same numbers as the model's own, which takes eight."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] → [..., size]."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
 
 
 class EvenSiLU(nn.Module):
@@ -123,63 +144,96 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": EvenSiLU, "gelu_pytorch_tanh
 
 
 def prepare_for_cpu(model: nn.Module, activation: str) -> RowPadding:
-    """Replace the layers of a float32 model in place; returns the padding under which a row stands alone.
-
-    Where this build of torch lacks the packed layers, or they aren't what they should be, the plain ones stay.
-    """
-    _fuse(model)
+    """Replace layers of a float32 model in place; returns the padding under which a row stands alone."""
+    needed = _Needed()
+    for shared in _fuse(model):
+        shared.layer = needed.by(cast("nn.Linear", shared.layer))
     even = _ACTIVATIONS.get(activation)
-    shapes: dict[tuple[int, int], bool] = {}
-    padding = RowPadding(2, 1)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if name == "act_fn" and even is not None:
+            if type(child) is nn.Linear:
+                setattr(module, name, needed.by(child))
+            elif name == "act_fn" and even is not None and not _ends_with_rows(module):
                 setattr(module, name, even())
-            elif type(child) is nn.Linear:
-                packed = _packed(child, shapes)
-                if packed is None:
-                    padding = PLAIN_PADDING
-                else:
-                    setattr(module, name, packed)
             elif child.__class__.__name__.endswith(("Router", "Experts")):
-                padding = PLAIN_PADDING  # they hold bare weights and call the plain product
-    if not all(shapes.values()):
-        logger.warning("oneDNN's packed linear layers don't work here; steps of few rows will be slower")
-    return padding
+                needed.padding = PADDINGS[-1]  # they hold bare weights and call the plain product
+            elif (norm := _fused_norm(child)) is not None:
+                setattr(module, name, norm)
+    return needed.padding
+
+
+def _ends_with_rows(module: nn.Module) -> bool:
+    """Whether an activation can stay: its input is a slice of a wider row, and two threads share an even number."""
+    return torch.get_num_threads() <= 2 and isinstance(getattr(module, "gate_proj", None), LinearPart)
+
+
+class _Needed:
+    """The largest padding that any linear layer so far needs. Each shape is tried once."""
+
+    def __init__(self) -> None:
+        self.padding = PADDINGS[0]
+        self._packed_right: dict[tuple[int, int], bool] = {}
+        self._tried: set[tuple[int, int]] = set()
+
+    def by(self, linear: nn.Linear) -> nn.Module:
+        """The layer to use in place of `linear`."""
+        shape = (linear.in_features, linear.out_features)
+        layer: nn.Module = linear
+        if linear.in_features * linear.out_features >= _PACKED_FROM and self._packed_right.get(shape, True):
+            layer = _packed(linear, check=shape not in self._packed_right) or linear
+            self._packed_right[shape] = layer is not linear
+            if layer is linear:
+                logger.warning("oneDNN's packed linear layers don't work here; steps of few rows will be slower")
+        if shape not in self._tried:
+            self._tried.add(shape)
+            while self.padding is not PADDINGS[-1] and not _stands_alone(layer, linear.in_features, self.padding):
+                self.padding = PADDINGS[PADDINGS.index(self.padding) + 1]
+        return layer
 
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def _fuse(model: nn.Module) -> None:
+def _fuse(model: nn.Module) -> list[_Shared]:
+    made: list[_Shared] = []
     for module in list(model.modules()):
         for names in _FUSED:
             layers = [getattr(module, name, None) for name in names]
             if all(type(layer) is nn.Linear for layer in layers):
-                fused = FusedLinear(cast("list[nn.Linear]", layers))
-                module.add_module("_".join(names), fused)
+                made.append(_Shared(cast("list[nn.Linear]", layers)))
                 for index, name in enumerate(names):
-                    setattr(module, name, LinearPart(fused, index))
+                    setattr(module, name, LinearPart(made[-1], index))
+    return made
 
 
-def _packed(linear: nn.Linear, shapes: dict[tuple[int, int], bool]) -> PackedLinear | None:
-    shape = (linear.in_features, linear.out_features)
-    packed = None
+def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
+    """A norm that gives the very numbers of `module`, if that is a plain RMSNorm (Gemma's adds one to its weight)."""
+    epsilon = getattr(module, "variance_epsilon", None)
+    weight = getattr(module, "weight", None)
+    if not module.__class__.__name__.endswith("RMSNorm") or epsilon is None or not isinstance(weight, torch.Tensor):
+        return None
+    fused = FusedRMSNorm(weight.detach(), epsilon)
+    x = torch.randn(1, 24, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return fused if torch.equal(fused(x), module(x)) else None
+
+
+def _packed(linear: nn.Linear, *, check: bool) -> PackedLinear | None:
     try:
         packed = PackedLinear(linear)
-        if shape not in shapes:
-            shapes[shape] = _stands_alone(packed, linear)
+        if check:
+            x = torch.randn(2, linear.in_features, generator=torch.Generator().manual_seed(0))
+            with torch.inference_mode():
+                if not torch.allclose(packed(x), linear(x), rtol=1e-3, atol=1e-3):
+                    return None
     except (AttributeError, RuntimeError):
-        shapes[shape] = False
-    return packed if shapes[shape] else None
+        return None
+    return packed
 
 
-def _stands_alone(packed: PackedLinear, linear: nn.Linear) -> bool:
-    """Whether the packed layer computes the same as the plain one, and each row alike in any company."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(128, linear.in_features, generator=generator)
+def _stands_alone(layer: nn.Module, in_features: int, padding: RowPadding) -> bool:
+    """Whether each row comes out the same in every number of rows that `padding` lets through."""
+    x = torch.randn(128, in_features, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        whole = packed(x)
-        if not torch.allclose(whole[:2], linear(x[:2]), rtol=1e-3, atol=1e-3):
-            return False
-        return all(torch.equal(packed(x[:rows]), whole[:rows]) for rows in _TRIED_ROWS)
+        whole = layer(x)
+        return all(torch.equal(layer(x[:n]), whole[:n]) for n in _TRIED_ROWS if not padding.missing(n))

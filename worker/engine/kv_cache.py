@@ -44,7 +44,8 @@ class KVCache:
         self.pool = torch.zeros(
             (shape.layers, 2, rows, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
         )
-        self._layers = [pair.unbind(0) for pair in self.pool.unbind(0)]
+        # As the model hands keys and values over: [1, kv heads, rows, head size].
+        self._layers = [pair.unbind(0) for pair in self.pool.transpose(2, 3).unsqueeze(2).unbind(0)]
 
     def rows(self, blocks: list[int], start: int, count: int) -> list[int]:
         """Rows of the tokens [start, start + count) of a sequence that holds `blocks`."""
@@ -52,10 +53,10 @@ class KVCache:
         return [blocks[index // size] * size + index % size for index in range(start, start + count)]
 
     def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values, each [tokens, kv heads, head size], in `rows` [tokens]."""
+        """Store keys and values, each [1, kv heads, tokens, head size], in `rows` [tokens]."""
         into_keys, into_values = self._layers[layer]
-        into_keys.index_copy_(0, rows, keys)
-        into_values.index_copy_(0, rows, values)
+        into_keys.index_copy_(2, rows, keys)
+        into_values.index_copy_(2, rows, values)
 
     def paged(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer as [blocks, tokens a block, kv heads, head size], without the spare rows."""

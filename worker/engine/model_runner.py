@@ -6,10 +6,11 @@ is registered under a name of ours and that gets the step's plan passed through 
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from worker.engine.attention import Attention
 from worker.engine.cpu_layers import RowPadding
@@ -22,9 +23,11 @@ ATTENTION_NAME = "llorch_packed"
 
 
 def register_attention() -> None:
-    """Tell transformers about the packed attention; before the model is built."""
+    """Tell transformers about the packed attention; before the model is built.
+
+    Under a name that has no mask function the models build no masks; the packed attention makes its own.
+    """
     AttentionInterface.register(ATTENTION_NAME, _attend)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 def _attend(
@@ -43,20 +46,8 @@ def _attend(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with `{name}` is not supported")
     attention: Attention = kwargs["packed_attention"]
-    out = attention.attend(
-        kwargs["packed_plan"],
-        cast("int", module.layer_idx),
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scaling,
-        sliding_window,
-    )
-    return out.unsqueeze(0), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The packed attention makes its own masks."""
+    layer = cast("int", module.layer_idx)
+    return attention.attend(kwargs["packed_plan"], layer, query, key, value, scaling, sliding_window), None
 
 
 class ModelRunner:
@@ -97,7 +88,7 @@ class ModelRunner:
 
     def _bad_spans(self, hidden: torch.Tensor, batch: PackedBatch) -> list[int]:
         # A token attends to itself in every layer, so a key or value that isn't finite shows in its last hidden state.
-        finite = hidden.float().sum(dim=-1).isfinite()
-        if bool(finite[: batch.num_tokens].all()):
+        if math.isfinite(float(hidden.sum(dtype=torch.float32))):
             return []
+        finite = hidden.float().sum(dim=-1).isfinite()
         return [span.chunk for span in batch.spans if not bool(finite[span.row : span.row + span.count].all())]
