@@ -46,6 +46,15 @@ docs-check: ## Links in the docs, and the CLI reference against --help
 	@tools/setup_env.sh dev
 	.venv/bin/python tools/check_docs.py
 
+chaos: ## Minutes of faults on every deployment of Redis, and the slow chaos tests (MINUTES=5)
+	@tools/setup_env.sh dev
+	.venv/bin/python -m tests.chaos.run --minutes $(MINUTES)
+	$(PYTEST) tests/chaos -m slow $(PYTEST_ARGS)
+
+soak: ## The store's state machine, thousands of runs on a real server (about 20 minutes)
+	@tools/setup_env.sh dev
+	LLORCH_PROPERTY_EXAMPLES=1500 $(PYTEST) tests/property -k real --timeout 7200 $(PYTEST_ARGS)
+
 bench: ## Added latency and CPU of the orchestrator; writes docs/benchmarks.md
 	@tools/setup_env.sh dev
 	.venv/bin/python -m bench.relay

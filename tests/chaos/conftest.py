@@ -11,10 +11,15 @@ from orchestratord.redis_server import NoRedisServerError, find_server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here kills processes, and takes its time."""
+    """Everything here kills processes, and takes its time: what takes minutes is left to `make chaos`.
+
+    The run on one Redis and the tests of the verdict belong to `make test` too.
+    """
     for item in items:
         if "tests/chaos/" in item.path.as_posix():
             item.add_marker(pytest.mark.chaos)
+            if item.path.name != "test_verdict.py" and "[redis]" not in item.name:
+                item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(600))
 
