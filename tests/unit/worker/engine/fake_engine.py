@@ -59,7 +59,7 @@ class Runner:
     def _write(self, chunk: Chunk) -> None:
         ids = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
         places = self._cache.rows(chunk.sequence.blocks, chunk.start, chunk.count)
-        stored = torch.tensor(ids, dtype=torch.float32).add(1).view(-1, 1, 1)  # 0 is what nobody wrote
+        stored = torch.tensor(ids, dtype=torch.float32).add(1).view(1, 1, -1, 1)  # 0 is what nobody wrote
         if self.spoils(chunk.sequence):
             stored = stored * torch.nan
         self._cache.write(0, torch.tensor(places), stored, stored)
