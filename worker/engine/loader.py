@@ -57,7 +57,7 @@ def load_model(
     except UnsupportedModelError as error:
         raise LoadError("UNSUPPORTED_MODEL", str(error)) from error
     check_weight_files(folder)
-    vocab_size = _positive(config, "vocab_size")
+    vocab_size, max_positions = _positive(config, "vocab_size"), _positive(config, "max_position_embeddings")
     _check_tokenizer(folder, vocab_size)
     chosen = choose_dtype(dtype, config, device)
     model = _read_weights(
@@ -68,7 +68,7 @@ def load_model(
         architecture=architecture,
         dtype=chosen,
         vocab_size=vocab_size,
-        max_positions=_positive(config, "max_position_embeddings"),
+        max_positions=max_positions,
         eos_token_ids=_eos_token_ids(folder, config, vocab_size),
     )
 
@@ -154,7 +154,7 @@ def _read_weights(
         raise LoadError("OUT_OF_MEMORY", "the weights don't fit on the device; use a smaller model.") from error
     except MemoryError as error:
         raise LoadError("OUT_OF_MEMORY", "the weights don't fit in memory; use a smaller model.") from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # a config or weights that don't fit raise anything, from KeyError to the hub's own
         raise LoadError("WEIGHTS_CORRUPT", f"{folder} can't be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
