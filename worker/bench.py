@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     threads = args.threads or default_threads(cores(), 1)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine process does
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
