@@ -41,6 +41,8 @@ class CliError(LlorchError):
         super().__init__(message)
         self.message = message
         self.next_step = next_step
+        self.kind = "failed"
+        """What a failure is called where machines read it: auth, refused, timeout, ..."""
 
 
 class UsageProblem(CliError):  # noqa: N818 - reads as what it is where it is raised

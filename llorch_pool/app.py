@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -20,12 +21,12 @@ _Output = Annotated[str, typer.Option("--output", "-o", help="table, tsv, json, 
 _Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
 _Timeout = Annotated[float, typer.Option("--timeout", help="Give up after this many seconds.", min=0.1)]
 _FORMATS = ("table", "tsv", "json", "jsonl", "name")
-_OPTIONS = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+_group = partial(typer.Typer, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-app = typer.Typer(name="llorch-pool", help="Models, workers and devices of this machine.", **_OPTIONS)  # type: ignore[arg-type]
-model = typer.Typer(help="Models on this machine.", **_OPTIONS)  # type: ignore[arg-type]
-worker = typer.Typer(help="Workers on this machine.", **_OPTIONS)  # type: ignore[arg-type]
-device = typer.Typer(help="Devices of this machine.", **_OPTIONS)  # type: ignore[arg-type]
+app = _group(name="llorch-pool", help="Models, workers and devices of this machine.")
+model = _group(help="Models on this machine.")
+worker = _group(help="Workers on this machine.")
+device = _group(help="Devices of this machine.")
 app.add_typer(model, name="model")
 app.add_typer(worker, name="worker")
 app.add_typer(device, name="device")

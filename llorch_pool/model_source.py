@@ -15,7 +15,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from llorch_pool import model_ref
@@ -46,13 +46,21 @@ class TransientError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class Readable(Protocol):
+    """What is asked of an open file."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end."""
+        ...
+
+
 @dataclass
 class Reading:
     """An open file. `offset` is where it really starts: 0 when the source could not honour the one asked for."""
 
     offset: int
     validator: str
-    stream: IO[bytes]
+    stream: Readable
 
 
 class Source(Protocol):

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import msgspec
 
@@ -125,8 +124,7 @@ class _StreamSource:
         header = self.next_file()
         if header is None or header.path != file.path or header.offset not in (0, offset):
             raise PoolError(f"{file.path}: the sending pool left it out", next_step="Run it again.", code="stream")
-        reading: BinaryIO = _Limited(self._handle, file.size - header.offset)  # type: ignore[assignment]
-        yield Reading(header.offset, self.identity, reading)
+        yield Reading(header.offset, self.identity, _Limited(self._handle, file.size - header.offset))
 
 
 class _Limited:
@@ -135,13 +133,13 @@ class _Limited:
     def __init__(self, handle: int, left: int) -> None:
         self._handle, self._left = handle, left
 
-    def read(self, count: int) -> bytes:
-        """What has come, at most `count` bytes. Raises PoolError when the sender is gone."""
+    def read(self, size: int, /) -> bytes:
+        """What has come, at most `size` bytes. Raises PoolError when the sender is gone."""
         if not self._left:
             return b""
         if not select.select([self._handle], [], [], SILENCE_S)[0]:
             raise PoolError(f"no byte for {SILENCE_S:g} s", next_step="Run it again: it goes on.", code="stream")
-        data = os.read(self._handle, min(count, self._left))
+        data = os.read(self._handle, min(size, self._left))
         if not data:
             raise PoolError("the sender is gone", next_step="Run it again: it goes on.", code="stream")
         self._left -= len(data)

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llorch.errors import CliError, UsageProblem
 from llorch.fleet import failures, fanout, ssh
@@ -21,6 +21,9 @@ from llorch.fleet.fanout import Outcome
 from llorch.fleet.live import Live
 from llorch.fleet.pools import Pool, Pools
 from llorch_wire import pool as wire
+
+if TYPE_CHECKING:
+    import io
 
 CHUNK_BYTES = 1 << 20
 ASK_S = 60.0
@@ -98,7 +101,8 @@ class _Copy:
             for line in iter(sender.stdout.readline, b""):
                 if isinstance(wire.decode_event(line), wire.Hello):
                     break  # before it: banners
-            while chunk := sender.stdout.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
+            buffered = cast("io.BufferedReader", sender.stdout)  # what Popen makes of a pipe by default
+            while chunk := buffered.read1(CHUNK_BYTES):
                 receiver.stdin.write(chunk)
                 receiver.stdin.flush()
             sender.wait(5)

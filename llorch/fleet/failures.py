@@ -135,11 +135,11 @@ def remote(pool: Pool, rc: int, failure: Failure | None) -> CliError:
 
 def kind_of(error: CliError) -> str:
     """What a failure made here is called: auth, host-key-changed, refused, timeout, missing, version, ..."""
-    return getattr(error, "kind", "failed")
+    return error.kind
 
 
 def _named(error: CliError, kind: str) -> CliError:
-    error.kind = kind  # type: ignore[attr-defined]
+    error.kind = kind
     return error
 
 
