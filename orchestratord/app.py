@@ -22,6 +22,7 @@ from pathlib import Path
 import structlog
 
 from llorch_wire.errors import LlorchError
+from llorch_wire.layers import SettingsError
 from orchestratord.api.app import create_app
 from orchestratord.api.server import BoundedServer, bind, make_server
 from orchestratord.embedded_redis import EmbeddedRedis
@@ -33,7 +34,7 @@ from orchestratord.metrics import Metrics
 from orchestratord.observations import Observations
 from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator, RuntimeSettings
-from orchestratord.settings import Settings, SettingsError, redacted_url
+from orchestratord.settings import Settings, redacted_url
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.store import Store
 from orchestratord.store.types import QueueLimits

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(given: list[str]) -> int:
     from llorch_wire.errors import LlorchError
-    from orchestratord.settings import SettingsError, load
+    from llorch_wire.layers import SettingsError
+    from orchestratord.settings import load
 
     flags = vars(_parser().parse_args(given))
     try:
@@ -56,9 +57,10 @@ def _run_loop(settings: Any) -> int:
 
 def _redis(given: list[str]) -> int:
     from llorch_wire.errors import LlorchError
+    from llorch_wire.layers import SettingsError
     from orchestratord.embedded_redis import run_foreground
     from orchestratord.logging import configure
-    from orchestratord.settings import SettingsError, load
+    from orchestratord.settings import load
 
     parser = argparse.ArgumentParser(
         prog="orchestratord redis", description="Run the embedded Redis in the foreground, durable, on a unix socket."

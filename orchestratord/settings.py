@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
-from llorch_wire.errors import LlorchError
+from llorch_wire.layers import Layers, SettingsError, explain, values
 
 DEFAULT_TENANT = "default"
 ADMIN_TENANT = "admin"
@@ -31,10 +30,6 @@ SECRET = frozenset({"api_keys", "worker_key", "redis_url", "jobs_redis_url", "we
 
 _TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comma
-
-
-class SettingsError(LlorchError):
-    """A setting is missing or wrong; the message names it, says where it came from and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +197,11 @@ def redacted_url(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}"
 
 
+LAYERS = Layers(
+    frozenset(Settings.model_fields), TOML_TABLE, ENV_PREFIX, top_level={name: name for name in sorted(TOP_LEVEL)}
+)
+
+
 def load(
     flags: Mapping[str, object],
     *,
@@ -209,70 +209,13 @@ def load(
     cwd: Path | None = None,
 ) -> Settings:
     """Merge flags (name → value, None: not given), environment and files. Raises SettingsError."""
-    environ = os.environ if environ is None else environ
-    layers = _file_layers(environ, cwd or Path.cwd())
-    layers.append(_environment_layer(environ))
-    layers.append({name: (value, _flag(name)) for name, value in flags.items() if value is not None})
-    merged: dict[str, tuple[object, str]] = {}
-    for layer in layers:
-        merged.update(layer)
+    merged = LAYERS.merge(flags, os.environ if environ is None else environ, cwd or Path.cwd())
     try:
-        settings = Settings.model_validate({name: value for name, (value, _) in merged.items()})
+        settings = Settings.model_validate(values(merged))
     except ValidationError as error:
-        raise SettingsError(_explain(error, merged)) from None
+        raise explain(error, merged) from None
     _check_together(settings)
     return settings
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _environment_layer(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    found: dict[str, tuple[object, str]] = {}
-    for name in Settings.model_fields:
-        variable = ENV_PREFIX + name.upper()
-        if environ.get(variable):  # an empty variable counts as unset
-            found[name] = (environ[variable], variable)
-    return found
-
-
-def _file_layers(environ: Mapping[str, str], cwd: Path) -> list[dict[str, tuple[object, str]]]:
-    """The configuration files that exist, weakest first."""
-    home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME") or Path.home()) / ".config")
-    layers: list[dict[str, tuple[object, str]]] = []
-    for path in (Path(home) / "llorch" / "config.toml", cwd / "llorch.toml"):
-        try:
-            document: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not valid TOML"
-            raise SettingsError(f"{path}: can't be read: {reason}") from None
-        layers.append(_file_layer(path, document))
-    return layers
-
-
-def _file_layer(path: Path, document: dict[str, Any]) -> dict[str, tuple[object, str]]:
-    layer = {name: (document[name], f"{path}: {name}") for name in TOP_LEVEL if name in document}
-    table = document.get(TOML_TABLE, {})
-    if not isinstance(table, dict):
-        raise SettingsError(f"{path}: `{TOML_TABLE}` must be a table: write [{TOML_TABLE}]")
-    for name, value in table.items():
-        if name not in Settings.model_fields:
-            raise SettingsError(f"{path}: unknown setting `{name}` in [{TOML_TABLE}]; remove it or check its spelling")
-        layer[name] = (value, f"{path}: [{TOML_TABLE}] {name}")
-    return layer
-
-
-def _explain(error: ValidationError, merged: Mapping[str, tuple[object, str]]) -> str:
-    lines: list[str] = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
-        name = str(item["loc"][0]) if item["loc"] else ""
-        origin = merged[name][1] if name in merged else name
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{origin}: {message[:1].lower()}{message[1:]}")
-    return "\n".join(dict.fromkeys(lines))
 
 
 def _check_together(settings: Settings) -> None:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, get_args, get_origin
 
-from worker.settings import NO_FLAG, Settings, SettingsError, flag, load
+from llorch_wire.layers import SettingsError, flag_name
+from worker.settings import NO_FLAG, Settings, load
 
 USAGE_EXIT, FAILED_EXIT = 2, 1
 
@@ -49,11 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
         if info.default not in (None, (), False) and not info.is_required():
             help_text += f" (default: {info.default})"
         if info.annotation is bool:
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=help_text)
+            parser.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, help=help_text)
         elif get_origin(info.annotation) is Literal:
-            parser.add_argument(flag(name), choices=get_args(info.annotation), help=help_text)
+            parser.add_argument(flag_name(name), choices=get_args(info.annotation), help=help_text)
         else:
-            parser.add_argument(flag(name), metavar=name.rpartition("_")[2].upper(), help=help_text)
+            parser.add_argument(flag_name(name), metavar=name.rpartition("_")[2].upper(), help=help_text)
     return parser
 
 

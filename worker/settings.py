@@ -10,15 +10,14 @@ import ipaddress
 import os
 import re
 import socket
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
-from llorch_wire.errors import LlorchError
+from llorch_wire.layers import Layers, SettingsError, explain, flag_name, values
 
 ENV_PREFIX = "LLORCH_WORKER_"
 TOML_TABLE = "worker"
@@ -36,10 +35,6 @@ _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comm
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|kb|mb|gb|k|m|g)?", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 _ENGINES = {"torch": "worker.engine.main"}
-
-
-class SettingsError(LlorchError):
-    """A setting is missing or wrong; the message names it, says where it came from and what to do."""
 
 
 def _urls(value: object) -> object:
@@ -158,13 +153,8 @@ class Settings(BaseModel):
         ):
             value = getattr(self, name)
             if value is not None:
-                arguments += [flag(name), str(value)]
-        return arguments + [flag(name) for name in ("deterministic", "no_prefix_cache") if getattr(self, name)]
-
-
-def flag(name: str) -> str:
-    """`max_model_len` → `--max-model-len`."""
-    return "--" + name.replace("_", "-")
+                arguments += [flag_name(name), str(value)]
+        return arguments + [flag_name(name) for name in ("deterministic", "no_prefix_cache") if getattr(self, name)]
 
 
 def is_loopback_host(host: str) -> bool:
@@ -196,19 +186,24 @@ def reachable_host(settings: Settings) -> str:
         return socket.gethostname()
 
 
+LAYERS = Layers(
+    frozenset(Settings.model_fields),
+    TOML_TABLE,
+    ENV_PREFIX,
+    shared_env={name: variable for name, (variable, _) in SHARED.items()},
+    top_level={name: top for name, (_, top) in SHARED.items() if top is not None},
+)
+
+
 def load(flags: Mapping[str, object], *, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
     """Merge flags (name → value, None: not given), environment and files. Raises SettingsError."""
-    environ = os.environ if environ is None else environ
-    merged: dict[str, tuple[object, str]] = {}
-    for layer in (*_file_layers(environ, cwd or Path.cwd()), _environment_layer(environ)):
-        merged.update(layer)
-    merged.update({name: (value, flag(name)) for name, value in flags.items() if value is not None})
+    merged = LAYERS.merge(flags, os.environ if environ is None else environ, cwd or Path.cwd())
     if "model" not in merged:
         raise SettingsError("--model is missing: give a model folder, or `--model demo` for the bundled model")
     try:
-        settings = Settings.model_validate({name: value for name, (value, _) in merged.items()})
+        settings = Settings.model_validate(values(merged))
     except ValidationError as error:
-        raise SettingsError(_explain(error, merged)) from None
+        raise explain(error, merged) from None
     if settings.key is None and not settings.is_loopback:
         raise SettingsError(
             f"--host {settings.host}: refused, since anybody on the network could use this worker without a key. "
@@ -216,53 +211,3 @@ def load(flags: Mapping[str, object], *, environ: Mapping[str, str] | None = Non
             "or bind --host 127.0.0.1"
         )
     return settings
-
-
-def _environment_layer(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    found: dict[str, tuple[object, str]] = {}
-    for name in Settings.model_fields:
-        for variable in (SHARED.get(name, ("", None))[0], ENV_PREFIX + name.upper()):
-            if environ.get(variable):  # an empty variable counts as unset
-                found[name] = (environ[variable], variable)
-    return found
-
-
-def _file_layers(environ: Mapping[str, str], cwd: Path) -> list[dict[str, tuple[object, str]]]:
-    """The configuration files that exist, weakest first."""
-    home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME") or Path.home()) / ".config")
-    layers: list[dict[str, tuple[object, str]]] = []
-    for path in (Path(home) / "llorch" / "config.toml", cwd / "llorch.toml"):
-        try:
-            document: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not valid TOML"
-            raise SettingsError(f"{path}: can't be read: {reason}") from None
-        layers.append(_file_layer(path, document))
-    return layers
-
-
-def _file_layer(path: Path, document: Mapping[str, Any]) -> dict[str, tuple[object, str]]:
-    layer: dict[str, tuple[object, str]] = {}
-    for name, (_, top) in SHARED.items():
-        if top is not None and top in document:
-            layer[name] = (document[top], f"{path}: {top}")
-    table = document.get(TOML_TABLE, {})
-    if not isinstance(table, dict):
-        raise SettingsError(f"{path}: `{TOML_TABLE}` must be a table: write [{TOML_TABLE}]")
-    for name, value in table.items():
-        if name not in Settings.model_fields:
-            raise SettingsError(f"{path}: unknown setting `{name}` in [{TOML_TABLE}]; remove it or check its spelling")
-        layer[name] = (value, f"{path}: [{TOML_TABLE}] {name}")
-    return layer
-
-
-def _explain(error: ValidationError, merged: Mapping[str, tuple[object, str]]) -> str:
-    lines: list[str] = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
-        name = str(item["loc"][0]) if item["loc"] else ""
-        origin = merged[name][1] if name in merged else name
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{origin}: {message[:1].lower()}{message[1:]}")
-    return "\n".join(dict.fromkeys(lines))

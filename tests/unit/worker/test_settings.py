@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.settings import SettingsError, is_loopback_host, load, reachable_host
+from llorch_wire.layers import SettingsError
+from worker.settings import is_loopback_host, load, reachable_host
 
 
 def write(path: Path, text: str) -> None:

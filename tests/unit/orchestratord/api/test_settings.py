@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llorch_wire.layers import SettingsError
 from orchestratord import cli
-from orchestratord.settings import Settings, SettingsError, Tenant, is_loopback_host, load, parse_api_keys, redacted_url
+from orchestratord.settings import Settings, Tenant, is_loopback_host, load, parse_api_keys, redacted_url
 
 KEY = "a-secret-key-1"
 
