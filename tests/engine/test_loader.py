@@ -160,6 +160,13 @@ def test_a_cache_larger_than_the_machine(folder: Path):
     assert "lower --kv-memory" in str(error)
 
 
+def test_a_cache_larger_than_what_is_free(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("worker.engine.assemble.available_memory_bytes", lambda: 2**21)
+    error = failure(folder)
+    assert error.code == "OUT_OF_MEMORY"
+    assert "lower --kv-memory" in str(error)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_a_device_that_is_not_here(folder: Path):
     error = failure(folder, device="cuda")

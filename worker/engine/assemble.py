@@ -189,7 +189,20 @@ def _num_blocks(
             f"{budget} bytes for the KV cache don't hold one block of {block_bytes} bytes; raise --kv-memory, "
             "or use a smaller model or dtype.",
         )
+    if device.type == "cpu":
+        _refuse_to_overcommit(num_blocks * block_bytes)
     return num_blocks
+
+
+def _refuse_to_overcommit(cache_bytes: int) -> None:
+    """Pages are taken as they are written: a cache that doesn't fit would get the engine killed, and much later."""
+    available = available_memory_bytes()
+    if cache_bytes > available:
+        raise LoadError(
+            "OUT_OF_MEMORY",
+            f"a KV cache of {cache_bytes} bytes doesn't fit into the {available} bytes that are free; "
+            "lower --kv-memory, --slots or --max-model-len.",
+        )
 
 
 def _cuda_budget(loaded: LoadedModel, batch_tokens: int, device: torch.device) -> int:
@@ -216,7 +229,7 @@ def _cuda_budget(loaded: LoadedModel, batch_tokens: int, device: torch.device) -
 def _allocate(shape: KVShape, num_blocks: int, block_tokens: int, device: torch.device) -> KVCache:
     try:
         return KVCache(shape, num_blocks=num_blocks, block_tokens=block_tokens, device=device)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError, OverflowError) as error:
         size = num_blocks * block_tokens * shape.bytes_per_token
         raise LoadError("OUT_OF_MEMORY", f"no memory for a KV cache of {size} bytes; lower --kv-memory.") from error
 

@@ -8,6 +8,9 @@ writes of padding and let a read that is padded past the last block stay inside 
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +34,7 @@ class KVShape:
 
 
 class KVCache:
-    """The pool and its addressing. Raises torch.OutOfMemoryError or RuntimeError when the memory isn't there."""
+    """The pool and its addressing. Raises torch.OutOfMemoryError, RuntimeError or OSError where there is no memory."""
 
     def __init__(self, shape: KVShape, *, num_blocks: int, block_tokens: int, device: torch.device) -> None:
         self.shape = shape
@@ -39,11 +42,8 @@ class KVCache:
         self.block_tokens = block_tokens
         self.spare_row = num_blocks * block_tokens
         rows = self.spare_row + SPARE_ROWS
-        # Zeroes: what lies behind a sequence's end is read (and masked), so it must be finite. On a CPU the pages are
-        # only taken from the machine when they are first written.
-        self.pool = torch.zeros(
-            (shape.layers, 2, rows, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
-        )
+        # Zeroes: what lies behind a sequence's end is read (and masked), so it must be finite.
+        self.pool = _zeroes((shape.layers, 2, rows, shape.kv_heads, shape.head_dim), shape.dtype, device)
         # As the model hands keys and values over: [1, kv heads, rows, head size].
         self._layers = [pair.unbind(0) for pair in self.pool.transpose(2, 3).unsqueeze(2).unbind(0)]
 
@@ -68,3 +68,14 @@ class KVCache:
         """Overwrite blocks with zeroes: a sequence whose numbers went bad leaves nothing behind."""
         for block in blocks:
             self.pool[:, :, block * self.block_tokens : (block + 1) * self.block_tokens] = 0
+
+
+def _zeroes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeroes; on a CPU one whose pages are only taken from the machine when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -24,7 +24,8 @@ ROWS = 8
 QUERY_TILE = 64
 """Tokens of a prefill chunk that are attended together; keys past the tile's last token are left out."""
 
-_MAX_VIEWS = 4096
+MAX_VIEWS = 32_768
+"""Tensors kept at most (about 15 MB): two a layer for each place and length."""
 
 
 @dataclass(slots=True)
@@ -127,10 +128,10 @@ class SdpaReads:
         key = (row, stride, count, length)
         found = self._views.get(key)
         if found is None:
-            if len(self._views) >= _MAX_VIEWS:
-                self._views.clear()
             pool = self._cache.pool
             layers, _, rows, heads, size = pool.shape
+            if len(self._views) * layers * 2 >= MAX_VIEWS:
+                self._views.clear()
             shape = (layers * 2, count, heads, length, size)
             strides = (rows * heads * size, stride * heads * size, size, heads * size, 1)
             found = self._views[key] = pool.as_strided(shape, strides, row * heads * size).unbind(0)
