@@ -11,6 +11,10 @@ import sys
 def main() -> None:
     """Run a command; exits with its code."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("rpc", "stream"):
+        from llorch_wire.quick_start import import_msgspec
+
+        import_msgspec()
     if command == "rpc":
         from llorch_pool.rpc import main as serve
 

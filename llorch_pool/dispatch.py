@@ -5,8 +5,6 @@ Each branch imports what it needs: `worker list` must not pay for the Hub's clie
 
 from __future__ import annotations
 
-import platform
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from llorch_pool.context import Context
@@ -130,6 +128,9 @@ def _devices(context: Context) -> list[wire.DeviceInfo]:
 
 def status(context: Context) -> wire.PoolStatus:
     """Everything about this machine in one answer."""
+    import platform
+    import shutil
+
     from llorch_pool import lifecycle, models
     from llorch_pool.registry import Registry
 

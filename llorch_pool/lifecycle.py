@@ -12,9 +12,9 @@ import contextlib
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ from llorch_wire.pool import CleanupReport, Progress, StopOutcome, Stray, Worker
 HEALTH_TIMEOUT_S = 1.5
 TERM_WAIT_S = 5.0
 YIELD_S = 5.0
+
+T = TypeVar("T")
 
 
 def inspect(record: WorkerRecord, registry: Registry) -> WorkerInfo:
@@ -162,13 +164,20 @@ def tail(log: Path, lines: int) -> list[str]:
 def list_workers(registry: Registry) -> list[WorkerInfo]:
     """Every worker on record, inspected at once; logs that have become too large are rotated on the way."""
     records = registry.all()
-    if not records:
-        return []
     for record in records:
         if not record.supervisor:  # a supervisor rotates what it writes itself
             rotate(Path(record.log))
+    return _side_by_side(lambda record: inspect(record, registry), records)
+
+
+def _side_by_side(work: Callable[[WorkerRecord], T], records: Sequence[WorkerRecord]) -> list[T]:
+    """Each record's outcome, in order. Most machines have one or none, and then threads need not be imported."""
+    if len(records) < 2:
+        return [work(record) for record in records]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(min(16, len(records))) as threads:
-        return list(threads.map(inspect, records, repeat(registry)))
+        return list(threads.map(work, records))
 
 
 def strays(registry: Registry) -> list[Stray]:
@@ -211,11 +220,7 @@ def stop_workers(
                 f"`llorch worker drain {record.worker_id}`. With --force it is stopped all the same.",
                 code="supervised",
             )
-    if not records:
-        return []
-    with ThreadPoolExecutor(min(16, len(records))) as threads:
-        jobs = [threads.submit(_stop, context, registry, record.worker_id, grace_s) for record in records]
-        return [job.result() for job in jobs]
+    return _side_by_side(lambda record: _stop(context, registry, record.worker_id, grace_s), records)
 
 
 def _stop(context: Context, registry: Registry, worker_id: str, grace_s: float) -> StopOutcome:

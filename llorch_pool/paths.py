@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from llorch_pool.errors import usage_error
 
@@ -35,8 +35,7 @@ def _home(environ: Mapping[str, str], variable: str, default: str) -> Path:
     return Path(value) if value.startswith("/") else Path(environ.get("HOME") or str(Path.home())) / default
 
 
-@dataclass(frozen=True)
-class Paths:
+class Paths(NamedTuple):
     """Folders of one machine and user. Nothing is created here."""
 
     state: Path

@@ -10,17 +10,15 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _PROC = Path("/proc")
 _LINUX = sys.platform == "linux"
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """A process for good: `start_time` is field 22 of /proc/<pid>/stat, in clock ticks since boot (proc(5))."""
 
     pid: int
@@ -32,8 +30,7 @@ def boot_id() -> str:
     """New at every boot of the kernel."""
     if _LINUX:
         return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-    command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    return _said(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"])
 
 
 def start_time(pid: int) -> int | None:
@@ -50,15 +47,21 @@ def start_time(pid: int) -> int | None:
 
 
 def _start_time_by_ps(pid: int) -> int | None:
-    command = ["/bin/ps", "-o", "lstart=", "-p", str(pid)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5, env={"LC_ALL": "C"})
-    text = done.stdout.strip()
+    text = _said(["/bin/ps", "-o", "lstart=", "-p", str(pid)])
     if not text:
         return None
     import calendar
     import time
 
     return calendar.timegm(time.strptime(text, "%a %b %d %H:%M:%S %Y"))
+
+
+def _said(command: list[str]) -> str:
+    """What a program says on stdout. (Not on Linux, which has /proc: so its import stays here.)"""
+    import subprocess
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5, env={"LC_ALL": "C"})
+    return done.stdout.strip()
 
 
 def identify(pid: int) -> Identity | None:
@@ -117,8 +120,7 @@ class _pinned:  # noqa: N801 - reads as a verb at its only call
             os.close(self._fd)
 
 
-@dataclass(frozen=True)
-class Marked:
+class Marked(NamedTuple):
     """A process whose environment carries a marker."""
 
     process: Identity

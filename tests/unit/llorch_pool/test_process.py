@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 
 from llorch_pool import process
-from llorch_pool.process import Identity
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_a_reused_pid_is_left_alone(child: subprocess.Popen[bytes], change: dict
     """A pid from an old entry may belong to anybody after a reboot: it must never be signalled."""
     identity = process.identify(child.pid)
     assert identity is not None
-    other = Identity(**{**vars(identity), **change})  # type: ignore[arg-type]
+    other = identity._replace(**change)  # type: ignore[arg-type]
     assert not process.is_alive(other)
     assert not process.send(other, signal.SIGKILL, group=True)
     assert child.poll() is None
