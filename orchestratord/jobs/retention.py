@@ -1,4 +1,7 @@
-"""Dropping finished tasks, with their logs, once they are too old or too many. Read `Retention.run` first."""
+"""Dropping finished tasks, with their logs, once they are too old or too many, or Redis' memory too short.
+
+Read `Retention.run` first.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ PAGE = 256
 AT_ONCE = 16
 BUDGET_S = 12.0
 """Time for one run, below the jobs' timeout. What is left over waits for the next run."""
+YOUNG_S = 60
+"""However short memory is, who asked for a task has this long to read it."""
 
 
 class Retention:
-    """Keeps at most `keep_count` finished tasks, none of them longer than `keep_s`."""
+    """Keeps at most `keep_count` finished tasks, none of them longer than `keep_s`; fewer while memory is short, since
+    the alternative is to refuse new ones."""
 
     def __init__(
         self,
@@ -34,11 +40,12 @@ class Retention:
         self._keep_s = keep_s
         self._keep_count = keep_count
         self._now_s = now_s
+        self._early = 0
 
     async def run(self) -> int:
         """Drop what is due, oldest first; returns how many. Raises StoreUnavailableError."""
         deadline = time.monotonic() + BUDGET_S
-        dropped = 0
+        dropped = self._early = 0
         while time.monotonic() < deadline:
             due = await self._due()
             if not due:
@@ -49,7 +56,10 @@ class Retention:
                 break
         if dropped:
             self._observations.count("tasks_retired", amount=dropped)
-            structlog.get_logger("orchestratord.jobs").info("finished tasks dropped", count=dropped)
+            log = structlog.get_logger("orchestratord.jobs")
+            log.info("finished tasks dropped", count=dropped)
+            if self._early:
+                log.warning("finished tasks dropped before their time: Redis is near its maxmemory", count=self._early)
         return dropped
 
     async def _due(self) -> list[str]:
@@ -58,10 +68,14 @@ class Retention:
         if old:
             return old
         surplus = await self._store.finished_count() - self._keep_count
-        if surplus <= 0:
+        if surplus > 0:
+            # By count, whatever the age; a clock that lags behind Redis' must not spare the newest.
+            return await self._store.finished(now_ms + 86_400_000, limit=min(surplus, PAGE))
+        if not await self._store.is_memory_short():
             return []
-        # By count, whatever the age; a clock that lags behind Redis' must not spare the newest.
-        return await self._store.finished(now_ms + 86_400_000, limit=min(surplus, PAGE))
+        early = await self._store.finished(now_ms - YOUNG_S * 1000, limit=PAGE)
+        self._early += len(early)
+        return early
 
     async def _drop(self, task_ids: list[str]) -> int:
         gate = asyncio.Semaphore(AT_ONCE)

@@ -4,7 +4,7 @@ Read `Jobs.run` first.
 
     job                     when                        who
     retention               every 30 s                  one replica a period
-    sweep (audit, repair)   every 5 min                 one replica a period
+    sweep (audit, repair)   every 5 min, for 12 s       one replica a period; goes on where the last one ended
     webhook:<task>:<tries>  when it is due, at 1 s       whichever takes it; another one after its death
 
 arq's habits, and what is done about each: it pickles → JSON; it installs signal handlers → not here; its loop ends at
@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 from signal import SIGUSR1
 from typing import Any
 
+import msgspec
 import orjson
 import structlog
 from arq import Worker, cron
@@ -34,6 +35,7 @@ from orchestratord.jobs.webhooks import Webhooks
 from orchestratord.logging import describe_exception
 from orchestratord.observations import Observations
 from orchestratord.patience import end_tasks
+from orchestratord.store.audit import AuditPlace
 from orchestratord.store.connection import make_client, parse_url
 from orchestratord.store.errors import StoreUrlError
 from orchestratord.store.store import Store
@@ -42,6 +44,10 @@ QUEUE = "arq:llorch"
 JOB_TIMEOUT_S = 20
 POLL_S = 0.5
 WEBHOOK_POLL_S = 1.0
+SWEEP_BUDGET_S = 12.0
+"""Below the jobs' timeout, whose length a killed replica's webhook waits for. What is left over is the next sweep's."""
+SWEEP_PLACE = "arq:llorch:sweep-place"
+SWEEP_PLACE_S = 86_400
 PAUSE_S = 1.0
 CLOSE_S = 3.0
 REDIS_TIMEOUT_S = 5.0
@@ -131,11 +137,17 @@ class Jobs:
         await self._quietly("retention", lambda: _once(ctx, "retention", self._retention.run))
 
     async def _sweep(self, ctx: dict[str, Any]) -> None:
-        await self._quietly("sweep", lambda: _once(ctx, "sweep", self.audit))
+        await self._quietly("sweep", lambda: _once(ctx, "sweep", lambda: self.audit(ctx["redis"])))
 
-    async def audit(self) -> None:
-        """Check the store's invariants and mend what can be; each finding is logged and counted."""
-        for finding in await self._store.audit(repair=True, logs=False):
+    async def audit(self, redis: ArqRedis) -> None:
+        """Check the store's invariants and mend what can be, from where the last sweep ended, here or at another
+        replica; each finding is logged and counted."""
+        findings, place = await self._store.audit_from(await _place_in(redis), budget_s=SWEEP_BUDGET_S)
+        if place is None:
+            await redis.delete(SWEEP_PLACE)
+        else:
+            await redis.set(SWEEP_PLACE, place.encode(), ex=SWEEP_PLACE_S)
+        for finding in findings:
             self._observations.count("audit_findings", finding.invariant)
             self._log.warning(
                 "broken invariant",
@@ -151,6 +163,14 @@ class Jobs:
             await job()
         except Exception as error:
             self._log.warning("background job failed", job=name, **describe_exception(error))
+
+
+async def _place_in(redis: ArqRedis) -> AuditPlace | None:
+    """Where the last sweep ended; None when it came to the end, or what it left can't be read."""
+    text: bytes | None = await redis.get(SWEEP_PLACE)
+    with contextlib.suppress(msgspec.MsgspecError):
+        return None if text is None else AuditPlace.decode(text)
+    return None
 
 
 async def _once(ctx: dict[str, Any], name: str, job: Callable[[], Awaitable[object]]) -> None:

@@ -1,14 +1,17 @@
-"""Every invariant of the store, checked. Read `audit`.
+"""Every invariant of the store, checked. Read `audit`, then `audit_from`.
 
 Each check is one small script, so it judges one instant; what changes between two checks can't make a false finding.
-Keys are found by SCAN: also those that no registry names.
+Keys are found by SCAN, page by page: also those that no registry names, and however many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+import asyncio
+import time
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from redis import exceptions
@@ -39,40 +42,126 @@ _COLLECTIONS = (
     "drains",
 )
 _SINGLE = ("log", "payload", "idem")
-_TASKS_PER_CALL = 50
+_KEYS_PER_PAGE = 1000
+_TASKS_PER_CALL = 25
 _COLLECTIONS_PER_CALL = 10
 _SINGLES_PER_CALL = 200
 _LOG_CHUNK = 512
+_now = time.monotonic
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditPlace:
+    """How far a walk over the keys has come: SCAN's cursor, and collections begun, with the rank to go on at."""
+
+    cursor: int = 0
+    begun: tuple[tuple[str, int], ...] = ()
+
+    def encode(self) -> bytes:
+        """For `decode`, in a later run or in another process."""
+        return msgspec.json.encode((self.cursor, self.begun))
+
+    @staticmethod
+    def decode(text: bytes) -> AuditPlace:
+        """Raises msgspec.MsgspecError."""
+        cursor, begun = msgspec.json.decode(text, type=tuple[int, tuple[tuple[str, int], ...]])
+        return AuditPlace(cursor=cursor, begun=begun)
 
 
 async def audit(connection: Connection, *, repair: bool, logs: bool = True) -> list[Finding]:
     """Findings of every kind. `logs` reads every log from its beginning too. With `repair` the scripts mend what they
     can, and the findings say so."""
-    names: dict[str, list[str]] = {}
-    findings: list[Finding] = []
-    async for name in _scan(connection):
-        kind, _ = split(name)
-        if kind not in KINDS:
-            findings.append(Finding(invariant="unknown-key", key=name, detail="no part of the store makes such keys"))
-        names.setdefault(kind, []).append(name)
-    task_ids = [split(name)[1][0] for name in names.get("task", [])]
-    for chunk in _chunks(task_ids, _TASKS_PER_CALL):
-        findings += await _check(connection, "audit_tasks", repair, chunk)
-    collections = [name for kind in _COLLECTIONS for name in names.get(kind, [])]
-    for chunk in _chunks(collections, _COLLECTIONS_PER_CALL):
-        findings += await _check_members(connection, repair, chunk)
-    for kind in _SINGLE:
-        singles = [(kind, name, "" if kind == "idem" else split(name)[1][0]) for name in names.get(kind, [])]
-        for chunk in _chunks(singles, _SINGLES_PER_CALL):
-            findings += await _check(connection, "audit_single", repair, [part for one in chunk for part in one])
-    if logs:
-        for task_id in task_ids:
-            findings += await _check_log(connection, task_id)
+    findings, _ = await audit_from(connection, AuditPlace(), repair=repair, logs=logs)
     return findings
 
 
-async def _check(connection: Connection, script: str, repair: bool, arguments: Iterable[str]) -> list[Finding]:
-    return _findings(await connection.run(script, int(repair), *arguments))
+async def audit_from(
+    connection: Connection, place: AuditPlace, *, repair: bool, logs: bool, budget_s: float | None = None
+) -> tuple[list[Finding], AuditPlace | None]:
+    """Go on from a place until all keys were seen (then the second value is None) or the budget is spent.
+
+    With a budget, which is for runs beside live traffic, it rests after each step for as long as the step took. A key
+    that is there during the whole walk is met, however many runs that takes; one step is always done.
+    """
+    walk = _Walk(connection, repair=repair, logs=logs, deadline=None if budget_s is None else _now() + budget_s)
+    following = await walk.go(place)
+    return list(dict.fromkeys(walk.findings)), following  # SCAN may give a key twice
+
+
+class _Walk:
+    """One run over the keys, or over a part of them."""
+
+    def __init__(self, connection: Connection, *, repair: bool, logs: bool, deadline: float | None) -> None:
+        self.findings: list[Finding] = []
+        self._connection = connection
+        self._repair = int(repair)
+        self._logs = logs
+        self._deadline = deadline
+
+    async def go(self, place: AuditPlace) -> AuditPlace | None:
+        begun, cursor = dict(place.begun), place.cursor
+        while True:
+            while begun:
+                begun = await self._step(self._members(begun))
+                if begun and self._is_over():
+                    return AuditPlace(cursor=cursor, begun=tuple(begun.items()))
+            if cursor < 0:
+                return None
+            cursor, begun = await self._page(cursor)
+            if self._is_over() and (begun or cursor >= 0):
+                return AuditPlace(cursor=cursor, begun=tuple(begun.items()))
+
+    async def _page(self, cursor: int) -> tuple[int, dict[str, int]]:
+        """What one SCAN call names. The next cursor (-1 after the last) and the collections, which are still to do."""
+        client = self._connection.client
+        following, keys = await self._connection.call(
+            lambda: client.scan(cursor=cursor, match=f"{TAG}:*", count=_KEYS_PER_PAGE)
+        )
+        names: dict[str, list[str]] = {}
+        for name in dict.fromkeys(found.decode() for found in keys):
+            kind, _ = split(name)
+            if kind not in KINDS:
+                detail = "no part of the store makes such keys"
+                self.findings.append(Finding(invariant="unknown-key", key=name, detail=detail))
+            names.setdefault(kind, []).append(name)
+        task_ids = [split(name)[1][0] for name in names.get("task", [])]
+        for chunk in _chunks(task_ids, _TASKS_PER_CALL):
+            await self._step(self._check("audit_tasks", chunk))
+        for kind in _SINGLE:
+            singles = [(kind, name, "" if kind == "idem" else split(name)[1][0]) for name in names.get(kind, [])]
+            for chunk in _chunks(singles, _SINGLES_PER_CALL):
+                await self._step(self._check("audit_single", [part for one in chunk for part in one]))
+        if self._logs:
+            for task_id in task_ids:
+                self.findings += await _check_log(self._connection, task_id)
+        collections = [name for kind in _COLLECTIONS for name in names.get(kind, [])]
+        return int(following) or -1, dict.fromkeys(collections, 0)
+
+    async def _check(self, script: str, arguments: Iterable[str]) -> None:
+        self.findings += _findings(await self._connection.run(script, self._repair, *arguments))
+
+    async def _members(self, begun: Mapping[str, int]) -> dict[str, int]:
+        """Look at a window of the first few collections; those that are left, with the rank to go on at."""
+        names = list(begun)[:_COLLECTIONS_PER_CALL]
+        arguments: list[str] = []
+        for name in names:
+            kind, parts = split(name)
+            arguments += [kind, name, str(begun[name]), str(len(parts)), *parts]
+        ranks, flat = await self._connection.run("audit_members", self._repair, *arguments)
+        self.findings += _findings(flat)
+        left = {name: rank for name, rank in zip(names, ranks, strict=True) if rank >= 0}
+        return left | {name: rank for name, rank in begun.items() if name not in names}
+
+    async def _step(self, work: Awaitable[T]) -> T:
+        started = _now()
+        result = await work
+        if self._deadline is not None:
+            await asyncio.sleep(_now() - started)
+        return result
+
+    def _is_over(self) -> bool:
+        return self._deadline is not None and _now() >= self._deadline
 
 
 def _findings(flat: list[Any]) -> list[Finding]:
@@ -81,32 +170,6 @@ def _findings(flat: list[Any]) -> list[Finding]:
         Finding(invariant=row[0].decode(), key=row[1].decode(), detail=row[2].decode(), repaired=bool(row[3]))
         for row in rows
     ]
-
-
-async def _check_members(connection: Connection, repair: bool, names: Sequence[str]) -> list[Finding]:
-    findings: list[Finding] = []
-    starts = dict.fromkeys(names, 0)
-    while starts:
-        arguments: list[str] = []
-        for name, start in starts.items():
-            kind, parts = split(name)
-            arguments += [kind, name, str(start), str(len(parts)), *parts]
-        following, flat = await connection.run("audit_members", int(repair), *arguments)
-        findings += _findings(flat)
-        starts = {name: start for name, start in zip(starts, following, strict=True) if start >= 0}
-    return findings
-
-
-async def _scan(connection: Connection) -> AsyncIterator[str]:
-    names = connection.client.scan_iter(match=f"{TAG}:*", count=1000)
-    seen: set[bytes] = set()  # SCAN may give a key twice
-    while True:
-        name: bytes | None = await connection.call(lambda: anext(names, None))
-        if name is None:
-            return
-        if name not in seen:
-            seen.add(name)
-            yield name.decode()
 
 
 async def _check_log(connection: Connection, task_id: str) -> list[Finding]:

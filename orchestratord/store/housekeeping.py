@@ -6,12 +6,17 @@ the time at which its webhook is due. It stays there until a delivery succeeded 
 
 from __future__ import annotations
 
+from redis import exceptions
+
 from orchestratord.store.base import StoreBase, moment
 from orchestratord.store.keys import key
 
+MEMORY_MARGIN = 0.1
+"""Share of `maxmemory` below the watermark at which finished tasks begin to go early."""
+
 
 class HousekeepingStore(StoreBase):
-    """Webhooks and counts. See `orchestratord.store.store.Store`."""
+    """Webhooks, counts, memory. See `orchestratord.store.store.Store`."""
 
     async def due_webhooks(self, *, limit: int = 100, now_ms: int | None = None) -> list[tuple[str, int]]:
         """Tasks whose webhook is due, the longest waiting first, each with how often it was tried."""
@@ -33,6 +38,20 @@ class HousekeepingStore(StoreBase):
         """Delivered, or given up."""
         client = self._connection.client
         await self._connection.call(lambda: client.zrem(key("webhooks"), task_id))
+
+    async def memory_share(self) -> float:
+        """Share of Redis' `maxmemory` in use; 0 where there is no bound, or where the server doesn't tell."""
+        client = self._connection.client
+        try:
+            memory = await self._connection.call(lambda: client.info("memory"))
+        except exceptions.ResponseError:  # INFO may be forbidden by an ACL
+            return 0.0
+        bound = int(memory.get("maxmemory", 0))
+        return int(memory["used_memory"]) / bound if bound else 0.0
+
+    async def is_memory_short(self) -> bool:
+        """Whether so much memory is in use that admissions will soon be refused."""
+        return await self.memory_share() >= self._memory_watermark - MEMORY_MARGIN
 
     async def finished_count(self) -> int:
         """How many finished tasks are kept."""

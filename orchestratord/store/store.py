@@ -14,12 +14,10 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from redis import exceptions
-
 from llorch_wire.errors import ErrorCode
 from llorch_wire.events import EndEvent, ErrorEvent, encode_data
 from orchestratord.store import codec, connection
-from orchestratord.store.audit import audit
+from orchestratord.store.audit import AuditPlace, audit, audit_from
 from orchestratord.store.base import moment
 from orchestratord.store.errors import LogGapError
 from orchestratord.store.errors import StoreUnavailableError as StoreUnavailableError
@@ -97,17 +95,8 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
     async def _is_memory_full(self) -> bool:
         if self._memory_read_at is None or time.monotonic() - self._memory_read_at > _MEMORY_READ_S:
             self._memory_read_at = time.monotonic()
-            self._memory_full = await self._memory_share() >= self._memory_watermark
+            self._memory_full = await self.memory_share() >= self._memory_watermark
         return self._memory_full
-
-    async def _memory_share(self) -> float:
-        client = self._connection.client
-        try:
-            memory = await self._connection.call(lambda: client.info("memory"))
-        except exceptions.ResponseError:  # a server that doesn't tell (INFO may be forbidden by an ACL)
-            return 0.0
-        bound = int(memory.get("maxmemory", 0))
-        return int(memory["used_memory"]) / bound if bound else 0.0
 
     async def claim(
         self,
@@ -262,6 +251,11 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
         beside live traffic. `repair` mends what can be: places and indexes are made to say what the tasks say. `logs`
         reads every log whole, which takes a while where there are many."""
         return await audit(self._connection, repair=repair, logs=logs)
+
+    async def audit_from(self, place: AuditPlace | None, *, budget_s: float) -> tuple[list[Finding], AuditPlace | None]:
+        """The same with `repair` and without `logs`, for as long as the budget lasts, at half speed. A place is where
+        the next call goes on; None at the beginning and, returned, at the end."""
+        return await audit_from(self._connection, place or AuditPlace(), repair=True, logs=False, budget_s=budget_s)
 
 
 def _batch_arguments(batch: TokenBatch) -> tuple[str | int | bytes, ...]:

@@ -197,6 +197,51 @@ async def test_retention_drops_the_old_and_the_surplus(town: Town) -> None:
     await town.audit()
 
 
+async def test_finished_tasks_go_early_while_memory_is_short(town: Town) -> None:
+    """The alternative would be to refuse every admission until they are old enough."""
+    orchestrator = await town.replica()
+    store = town.replicas[-1].store
+    await (await town.worker()).die()
+    ids = [await town.submit() for _ in range(6)]
+    for task_id in ids[:5]:
+        await orchestrator.cancel(task_id, None)
+    seen = Observations()
+    in_two_minutes = Retention(store, seen, keep_s=3600, keep_count=1000, now_s=lambda: time.time() + 120)
+    assert await in_two_minutes.run() == 0
+    client = Redis.from_url(town.redis.url)
+    used = (await client.info("memory"))["used_memory"]
+    await client.config_set("maxmemory", int(used / 0.85))
+    assert await Retention(store, seen, keep_s=3600, keep_count=1000).run() == 0, "none of them is a minute old"
+    assert await in_two_minutes.run() == 5
+    assert await store.task(ids[5], None) is not None
+    await client.config_set("maxmemory", 0)
+    await client.aclose()
+    await town.audit()
+
+
+async def test_a_sweep_that_is_cut_short_goes_on_elsewhere(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    orchestrator = await town.replica()
+    await (await town.worker()).die()
+    for _ in range(3):
+        await town.submit()
+    client = Redis.from_url(town.redis.url)
+    for number in range(450):
+        await client.zadd("{o}:done", {f"ghost{number}": number})
+    monkeypatch.setattr(runner, "SWEEP_BUDGET_S", 0.0)
+    both = [jobs_of(town, orchestrator), jobs_of(town, orchestrator)]
+    redis = both[0]._connect()
+    for times in range(40):
+        await both[times % 2].audit(redis)
+        if not await redis.exists(runner.SWEEP_PLACE):
+            break
+    assert 1 < times < 39
+    found = [jobs._observations.counters["audit_findings", "member"] for jobs in both]
+    assert sum(found) == 450 and all(found)
+    await redis.aclose(close_connection_pool=True)
+    await client.aclose()
+    await town.audit()
+
+
 async def test_a_period_runs_once_whatever_is_queued_twice(redis: RedisProcess) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while True:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llorch_wire.events import TERMINAL_SEQUENCE
+from orchestratord.store.audit import AuditPlace
 from orchestratord.store.keys import key
 from orchestratord.store.store import Store
 from tests.contract.values import MODEL, T, admit, batch, end, running, worker
@@ -126,3 +127,26 @@ async def test_large_indexes_are_checked_in_windows(breakable_store: Store) -> N
     found = await store.audit(repair=True, logs=False)
     assert len(found) == 450 and all(finding.repaired for finding in found)
     assert await store.audit(logs=False) == []
+
+
+async def test_a_sweep_with_a_budget_comes_round_in_pieces(breakable_store: Store) -> None:
+    """However small the budget, each run does a step; a place crosses processes as text."""
+    store = breakable_store
+    await worker(store)
+    for number in range(450):
+        await admit(store, f"t{number}")
+    client = store._connection.client  # pyright: ignore[reportPrivateUsage]
+    await client.zadd(key("tasks-by", "acme", "queued"), {f"ghost{number}": float(number) for number in range(450)})
+    await client.zrem(key("waiting-in", MODEL, "interactive"), "t7")
+    found, runs = [], 0
+    place: AuditPlace | None = None
+    while True:
+        some, place = await store.audit_from(place, budget_s=0.0)
+        found, runs = found + some, runs + 1
+        if place is None:
+            break
+        place = AuditPlace.decode(place.encode())
+    assert runs > 3 and all(finding.repaired for finding in found)
+    assert sum("ghost" in finding.detail for finding in found) == 450
+    assert any("t7" in finding.detail for finding in found)
+    assert await store.audit() == []
