@@ -10,10 +10,8 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
-
-import typer
 
 from llorch.config import Settings
 from llorch.errors import AccessProblem, ApiFailure, CliError, TimedOut, Unreachable, UsageProblem
@@ -28,8 +26,6 @@ MAX_ANSWER_BYTES = 64 * 2**20
 READ_BYTES = 64 * 2**10
 
 Query = Mapping[str, str | int | None]
-
-UrlOption = Annotated[str | None, typer.Option("--url", help="orchestratord's address.", show_default=False)]
 
 
 class Api:

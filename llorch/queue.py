@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from llorch.http import UrlOption, connect, rows
+from llorch.http import connect, rows
+from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="The queue.")

@@ -18,7 +18,8 @@ import typer
 from llorch.config import Settings
 from llorch.errors import CliError, ExitCode, UsageProblem
 from llorch.follow import Follower, Received, Retry
-from llorch.http import Api, UrlOption, connect, rows, segment
+from llorch.http import Api, connect, rows, segment
+from llorch.options import UrlOption
 from llorch.output import clean, duration, say
 from llorch_wire.events import EndEvent, ErrorEvent, MigratedEvent, QueuedEvent, StartedEvent, TokenEvent
 

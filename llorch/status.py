@@ -14,7 +14,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from llorch.errors import ApiFailure, Unreachable
-from llorch.http import Api, UrlOption, connect, rows
+from llorch.http import Api, connect, rows
+from llorch.options import UrlOption
 from llorch.output import Column, Format, JsonOption, OutputOption, chosen, clean, duration, size, table, use_color
 from llorch.queue import COLUMNS as QUEUE_COLUMNS
 

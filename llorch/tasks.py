@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from llorch.errors import CliError, PartialFailure, UsageProblem
-from llorch.http import Api, UrlOption, connect, rows, segment
+from llorch.http import Api, connect, rows, segment
+from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit, emit_record, say
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Tasks.")

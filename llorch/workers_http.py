@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from llorch.errors import CliError
-from llorch.http import Api, UrlOption, connect, rows, segment
+from llorch.http import Api, connect, rows, segment
+from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit, say, size
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Workers.")

@@ -12,8 +12,11 @@ def main() -> None:
     """Run a command; exits with its code."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("rpc", "stream"):
+        import gc
+
         from llorch_wire.quick_start import import_msgspec
 
+        gc.set_threshold(50_000)  # what is imported stays: looking for garbage meanwhile only takes time
         import_msgspec()
     if command == "rpc":
         from llorch_pool.rpc import main as serve

@@ -51,7 +51,7 @@ def page() -> str:
     os.environ["COLUMNS"] = WIDTH
     import typer
 
-    from llorch.cli import LazyGroup
+    from llorch.command_tree import LazyGroup
 
     sections: list[str] = [INTRODUCTION]
 

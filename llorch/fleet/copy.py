@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from llorch.errors import CliError, UsageProblem
-from llorch.fleet import failures, fanout, ssh
+from llorch.fleet import connection, failures, fanout, ssh
 from llorch.fleet.fanout import Outcome
 from llorch.fleet.live import Live
 from llorch.fleet.pools import Pool, Pools
@@ -82,12 +82,12 @@ class _Copy:
             pump.start()
             late = self._read(sender, receiver, time.monotonic() + timeout_s + ssh.GRACE_S)
         finally:
-            statuses = [None if process is None else ssh.finish(process) for process in (sender, receiver)]
+            statuses = [None if process is None else connection.finish(process) for process in (sender, receiver)]
         return self._answer(statuses, timeout_s, late=late)
 
     def _open(self, pool: Pool, request: wire.StreamRequest) -> subprocess.Popen[bytes]:
-        command = ssh.remote_command(pool, "stream")
-        process = ssh.popen([*ssh.options(pool, self._registry), "--", pool.host, command])
+        command = connection.remote_command(pool, "stream")
+        process = connection.popen([*connection.options(pool, self._registry), "--", pool.host, command])
         with contextlib.suppress(OSError):
             assert process.stdin is not None
             process.stdin.write(wire.encode_line(request))
@@ -97,7 +97,7 @@ class _Copy:
     def _pump(self, sender: subprocess.Popen[bytes], receiver: subprocess.Popen[bytes]) -> None:
         """Bytes from one to the other, behind the sender's hello line."""
         assert sender.stdout is not None and receiver.stdin is not None
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
             for line in iter(sender.stdout.readline, b""):
                 if isinstance(wire.decode_event(line), wire.Hello):
                     break  # before it: banners
@@ -105,8 +105,7 @@ class _Copy:
             while chunk := buffered.read1(CHUNK_BYTES):
                 receiver.stdin.write(chunk)
                 receiver.stdin.flush()
-            sender.wait(5)
-            if sender.returncode:
+            if sender.wait(5):
                 receiver.kill()
 
     def _read(self, sender: subprocess.Popen[bytes], receiver: subprocess.Popen[bytes], end: float) -> bool:

@@ -11,7 +11,8 @@ import typer
 
 from llorch.errors import CliError
 from llorch.fleet.targets import PoolsOption, TimeoutOption, ask, open_registry
-from llorch.http import Api, UrlOption, rows, segment
+from llorch.http import Api, rows, segment
+from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, emit, say
 from llorch_wire import pool as wire
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llorch.errors import CliError
-from llorch.fleet import failures, ssh
+from llorch.fleet import connection, failures
 from llorch.fleet.pools import Pool
 
 TIMEOUT_S = 25.0
@@ -32,14 +32,14 @@ def offered(pool: Pool) -> HostKey:
         arguments = ["-T"]
         for setting in (
             "BatchMode=yes",
-            f"ConnectTimeout={ssh.CONNECT_TIMEOUT_S}",
+            f"ConnectTimeout={connection.CONNECT_TIMEOUT_S}",
             "ControlMaster=no",
             "ControlPath=none",
             "ClearAllForwardings=yes",
             "RemoteCommand=none",
             # Safe only because the file is new and thrown away, and nothing is sent: the key is shown, then pinned.
             "StrictHostKeyChecking=accept-new",
-            f"UserKnownHostsFile={ssh.config_value(known)}",
+            f"UserKnownHostsFile={connection.config_value(known)}",
             "GlobalKnownHostsFile=/dev/null",
             f"HostKeyAlias={pool.key_alias}",
             "CheckHostIP=no",
@@ -47,7 +47,7 @@ def offered(pool: Pool) -> HostKey:
             "PreferredAuthentications=none",
         ):
             arguments += ["-o", setting]
-        process = ssh.popen([*arguments, *ssh.target(pool), "--", pool.host, "exit"])
+        process = connection.popen([*arguments, *connection.target(pool), "--", pool.host, "exit"])
         try:
             _, stderr = process.communicate(timeout=TIMEOUT_S)
         except BaseException as error:
@@ -64,7 +64,7 @@ def offered(pool: Pool) -> HostKey:
 
 
 def _fingerprint(known_hosts: Path) -> str:
-    process = ssh.popen(["-l", "-f", str(known_hosts)], program="ssh-keygen")
+    process = connection.popen(["-l", "-f", str(known_hosts)], program="ssh-keygen")
     out, err = process.communicate(timeout=10)
     words = out.decode("utf-8", "replace").split()
     if process.returncode or len(words) < 2:

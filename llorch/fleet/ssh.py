@@ -1,4 +1,4 @@
-"""The one file that reaches ssh, through plumbum. Read `call` first.
+"""Commands on pools over ssh (which `connection` starts). Read `call` first.
 
 No argument is ever spliced into a remote command line: the command is constant, what it is to do goes in as JSON on
 stdin, events come back as lines. stdin stays open as a lifeline; closing it ends the remote command (not its workers).
@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import selectors
 import shlex
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from hashlib import sha256
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llorch.errors import CliError, UsageProblem
-from llorch.fleet import failures
+from llorch.errors import CliError
+from llorch.fleet import connection, failures
 from llorch.fleet.pools import Pool, Pools
 from llorch_wire import pool as wire
 
-CONNECT_TIMEOUT_S = 10
+if TYPE_CHECKING:
+    from llorch.fleet.head_start import HeadStart
+
 LEAVE_S = 1.5
 """How long an aborted remote command has to clean up before its connection is cut."""
 GRACE_S = 5.0
@@ -45,93 +44,6 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the operator left
     """The command was cancelled."""
 
 
-def control_folder() -> Path:
-    """A short, private folder for control sockets: a unix socket's path may have 107 bytes, %C takes 40 of them."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    base = Path(runtime) / "llorch" if runtime.startswith("/") and len(runtime) < 30 else None
-    folder = base or Path(tempfile.gettempdir()) / f"llorch-{os.getuid()}"
-    if len(str(folder)) > 40:
-        folder = Path("/tmp") / f"llorch-{os.getuid()}"  # noqa: S108 - its owner and mode are checked below
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stat = folder.lstat()
-    if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
-        raise UsageProblem(f"{folder} belongs to somebody else or is open to others", next_step=f"remove {folder}")
-    return folder
-
-
-def options(pool: Pool, pools: Pools, *, shared: bool = True) -> list[str]:
-    """ssh's options for a pool; the user's ~/.ssh/config, agent and jump hosts count for everything else."""
-    settings = [
-        "BatchMode=yes",
-        f"ConnectTimeout={CONNECT_TIMEOUT_S}",
-        "ServerAliveInterval=5",
-        "ServerAliveCountMax=3",
-        "RequestTTY=no",
-        "RemoteCommand=none",
-        "ForwardAgent=no",
-        "ForwardX11=no",
-        "ClearAllForwardings=yes",
-        "PermitLocalCommand=no",
-    ]
-    if pool.host_key:
-        settings += [
-            "StrictHostKeyChecking=yes",
-            f"UserKnownHostsFile={config_value(pools.known_hosts)}",
-            "GlobalKnownHostsFile=/dev/null",
-            f"HostKeyAlias={pool.key_alias}",
-            "CheckHostIP=no",
-        ]
-    if shared:
-        # The pin is part of the name: a connection made under another pin is not used.
-        mark = sha256(f"{pool.name} {pool.host_key}".encode()).hexdigest()[:8]
-        settings += [
-            "ControlMaster=auto",
-            f"ControlPath={config_value(control_folder())}/{mark}%C",
-            "ControlPersist=60",
-        ]
-    else:
-        settings += ["ControlMaster=no", "ControlPath=none"]
-    arguments = ["-T"]
-    for setting in settings:
-        arguments += ["-o", setting]
-    return arguments + target(pool)
-
-
-def target(pool: Pool) -> list[str]:
-    """Options that say where: port, user, key."""
-    arguments: list[str] = []
-    if pool.port:
-        arguments += ["-p", str(pool.port)]
-    if pool.user:
-        arguments += ["-l", pool.user]
-    if pool.identity_file:
-        arguments += ["-i", pool.identity_file]
-    return arguments
-
-
-def config_value(path: Path) -> str:
-    """A path as ssh's -o takes it: quoted where it has spaces, `%` doubled."""
-    text = str(path).replace("%", "%%")
-    return f'"{text}"' if " " in text else text
-
-
-def popen(arguments: Sequence[str], *, program: str = "ssh", **kwargs: Any) -> subprocess.Popen[bytes]:
-    """Start ssh (or one of its helpers) in a session of its own, with pipes. Raises UsageProblem if it isn't there."""
-    from plumbum import CommandNotFound, local
-
-    try:
-        command = local[program]
-    except CommandNotFound:
-        raise UsageProblem(f"there is no `{program}` on this machine", next_step="install OpenSSH's client") from None
-    process: Any = command.popen(list(arguments), new_session=True, **kwargs)
-    return process
-
-
-def remote_command(pool: Pool, verb: str) -> str:
-    """The constant remote command: where llorch-pool is (as recorded at bootstrap), and `rpc` or `stream`."""
-    return f"exec {shlex.quote(pool.command)} {verb}"
-
-
 def call(
     pool: Pool,
     pools: Pools,
@@ -140,25 +52,34 @@ def call(
     timeout_s: float,
     on_event: OnEvent | None = None,
     cancel: threading.Event | None = None,
+    head_start: HeadStart | None = None,
 ) -> Any:
-    """Run one command on a pool and return its result. Raises CliError (classified), or Interrupted."""
+    """Run one command on a pool and return its result. Raises CliError (classified), or Interrupted.
+
+    `head_start` may have started the remote side already.
+    """
     for attempt in range(DROPPED_RETRIES + 1):
-        session = Session(pool, pools, cancel or threading.Event())
+        started = head_start.take(pool) if head_start and not attempt else None
+        session = Session(pool, pools, cancel or threading.Event(), started)
         try:
             return session.run(command, timeout_s, on_event or (lambda _: None))
         except CliError as error:
             # sshd drops connections beyond MaxStartups before anything was said: harmless to try again.
             if failures.kind_of(error) != "dropped" or session.hello is not None or attempt == DROPPED_RETRIES:
                 raise
-            time.sleep(0.2 * 2**attempt * (0.5 + random.random()))
+            from random import random
+
+            time.sleep(0.2 * 2**attempt * (0.5 + random()))
     raise AssertionError("unreachable")
 
 
 class Session:
-    """One ssh process around one request."""
+    """One ssh process around one request; `started`: that process, if it runs already."""
 
-    def __init__(self, pool: Pool, pools: Pools, cancel: threading.Event) -> None:
-        self._pool, self._pools, self._cancel = pool, pools, cancel
+    def __init__(
+        self, pool: Pool, pools: Pools, cancel: threading.Event, started: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self._pool, self._pools, self._cancel, self._started = pool, pools, cancel, started
         self.hello: wire.Hello | None = None
         self._stderr = bytearray()
         self._result: Any = None
@@ -167,15 +88,14 @@ class Session:
     def run(self, command: wire.AnyCommand, timeout_s: float, on_event: OnEvent) -> Any:
         """Send the request, read events until the end line, a failure, the deadline or Ctrl-C."""
         request = wire.Request(command=command, version=wire.VERSION, timeout_s=timeout_s)
-        arguments = [*options(self._pool, self._pools), "--", self._pool.host, remote_command(self._pool, "rpc")]
-        process = popen(arguments)
+        process = self._started or connection.open_rpc(self._pool, self._pools)
         try:
             with contextlib.suppress(BrokenPipeError):
                 _pipe(process.stdin).write(wire.encode_line(request))
                 _pipe(process.stdin).flush()
             gave_up = self._read(process, time.monotonic() + timeout_s + GRACE_S, on_event)
         finally:
-            status = finish(process)
+            status = connection.finish(process)
         return self._answer(command, timeout_s, status, gave_up=gave_up)
 
     def _answer(self, command: wire.AnyCommand, timeout_s: float, status: int | None, *, gave_up: bool) -> Any:
@@ -203,7 +123,7 @@ class Session:
                     leaving = now
                     if self.hello is None:
                         return True  # nothing runs there yet that could clean up
-                    close_quietly(process.stdin)
+                    connection.close_quietly(process.stdin)
                 if leaving is not None and now - leaving > LEAVE_S:
                     return True
                 if leaving is None and now - ticked > wire.LIFELINE_INTERVAL_S:
@@ -257,28 +177,6 @@ def _tick(process: subprocess.Popen[bytes]) -> None:
         _pipe(process.stdin).flush()
 
 
-def close_quietly(stream: Any) -> None:
-    """Close a pipe whose other end may be gone."""
-    with contextlib.suppress(OSError, ValueError):
-        if stream is not None:
-            stream.close()
-
-
-def finish(process: subprocess.Popen[bytes], patience_s: float = 1.0) -> int | None:
-    """Close the lifeline and see the process off. Its status, None if it had to be killed."""
-    close_quietly(process.stdin)
-    status: int | None = None
-    try:
-        status = process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-    close_quietly(process.stdout)
-    close_quietly(process.stderr)
-    return status
-
-
 def run_script(
     pool: Pool,
     pools: Pools,
@@ -293,8 +191,8 @@ def run_script(
 
     Returns (status, stderr). Raises CliError for a failed connection, Interrupted.
     """
-    arguments = [*options(pool, pools), "--", pool.host, f"exec /bin/sh -c {shlex.quote(script)}"]
-    process = popen(arguments)
+    arguments = [*connection.options(pool, pools), "--", pool.host, f"exec /bin/sh -c {shlex.quote(script)}"]
+    process = connection.popen(arguments)
     feeder = threading.Thread(target=_feed, args=(process, payload), daemon=True)
     feeder.start()
     stderr, buffer = bytearray(), bytearray()
@@ -327,7 +225,7 @@ def run_script(
                         stderr += data
                         del stderr[:-MAX_STDERR_BYTES]
     finally:
-        status = finish(process, LEAVE_S)
+        status = connection.finish(process, LEAVE_S)
         feeder.join(1)
     if cancel.is_set():
         raise Interrupted
@@ -350,5 +248,5 @@ def _feed(process: subprocess.Popen[bytes], payload: Path | None) -> None:
 
 def close_master(pool: Pool, pools: Pools) -> None:
     """End the shared connection to a pool, if there is one."""
-    process = popen([*options(pool, pools), "-O", "exit", "--", pool.host])
-    finish(process, 5)
+    process = connection.popen([*connection.options(pool, pools), "-O", "exit", "--", pool.host])
+    connection.finish(process, 5)

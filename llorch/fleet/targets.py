@@ -46,6 +46,9 @@ def ask(
 ) -> list[Outcome[Any]]:
     """Run a command on pools, side by side. Failures stand in the outcomes; `fanout.settle` raises them."""
     from llorch.fleet import fanout, ssh
+    from llorch.fleet.head_start import current
+
+    started = current()
 
     def work(pool: Pool, live: Live, cancel: threading.Event) -> Any:
         wanted = command(pool) if callable(command) else command
@@ -58,6 +61,7 @@ def ask(
             timeout_s=timeout_s,
             on_event=lambda event: live.event(pool.name, event),
             cancel=cancel,
+            head_start=started,
         )
 
     return fanout.run(pools, work, quiet=quiet)

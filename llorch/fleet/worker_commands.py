@@ -9,11 +9,14 @@ import typer
 
 from llorch.errors import UsageProblem
 from llorch.fleet.targets import AllOption, DryRun, PoolsOption, TimeoutOption, app, ask, open_registry, show
-from llorch.http import UrlOption
+from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, size
 from llorch_wire import pool as wire
 
 if TYPE_CHECKING:
+    import threading
+
+    from llorch.fleet.live import Live
     from llorch.fleet.pools import Pool, Pools
 
 worker_app = app("Workers on pools.")
@@ -229,6 +232,7 @@ def logs(
     """Show a worker's log, also after it ended."""
     from llorch.fleet import ssh
     from llorch.fleet.fanout import run, settle
+    from llorch.fleet.head_start import current
     from llorch.output import clean
 
     registry = open_registry()
@@ -240,12 +244,12 @@ def logs(
             print(clean(event.text), flush=True)
 
     timeout_s = 7 * 24 * 3600.0 if follow else 60.0
-    outcomes = run(
-        [registry.get(name) for name in owners],
-        lambda item, _, cancel: ssh.call(item, registry, command, timeout_s=timeout_s, on_event=line, cancel=cancel),
-        quiet=True,
-    )
-    settle(outcomes)
+    started = current()
+
+    def follow_one(item: Pool, _: Live, cancel: threading.Event) -> None:
+        ssh.call(item, registry, command, timeout_s=timeout_s, on_event=line, cancel=cancel, head_start=started)
+
+    settle(run([registry.get(name) for name in owners], follow_one, quiet=True))
 
 
 @worker_app.command("cleanup")

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from llorch import cli
+from llorch.command_tree import COMMANDS, Entry, Source
 from llorch.errors import AccessProblem, CliError, ExitCode, PartialFailure, TimedOut, Unreachable, UsageProblem
 
 HEAVY = {"plumbum", "httpx", "aiohttp", "rich", "asyncio", "pydantic", "torch", "redis", "ssl"}
@@ -108,7 +109,7 @@ def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyP
     module = ModuleType("failing_command")
     module.fail = fail  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "failing_command", module)
-    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Entry("Fails.", (cli.Source("failing_command:fail"),)))
+    monkeypatch.setitem(COMMANDS, "fail", Entry("Fails.", (Source("failing_command:fail"),)))
     assert cli.main(["fail"]) == code
 
 
@@ -128,8 +129,12 @@ def test_a_group_of_two_sources(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     module = ModuleType("two_apps")
     module.first, module.second = apps["first"], apps["second"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "two_apps", module)
-    sources = (cli.Source("two_apps:second", ("drain",)), cli.Source("two_apps:first"), cli.Source("two_apps:second"))
-    monkeypatch.setitem(cli.COMMANDS, "worker", cli.Entry("Workers.", sources, "workers"))
+    sources = (
+        Source("two_apps:second", ("drain",)),
+        Source("two_apps:first"),
+        Source("two_apps:second"),
+    )
+    monkeypatch.setitem(COMMANDS, "worker", Entry("Workers.", sources, "workers"))
     for command in ("list", "drain", "spawn"):
         assert cli.main(["worker", command]) == 0
     assert capsys.readouterr().out == "first\nsecond\nspawned\n"
