@@ -7,9 +7,11 @@ Read `decode_event` and `encode_data` first. An event is an immutable struct; it
 Log positions, which are also the SSE ids (`<attempt>-<n>`), are Redis stream ids:
 
     0-1               queued
-    <attempt>-0       started (first attempt) or migrated (later attempts)
+    <attempt>-<k>     started (first attempt, k = 0) or migrated (later attempts), k tokens being kept
     <attempt>-<i+1>   the token with index i
     <attempt>-<max>   the terminal event (max = 2^64 - 1)
+
+So an id says how many tokens its holder has, which a failover that undoes the log's tail can't take from it.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ def token_position(attempt: int, index: int) -> str:
     return f"{attempt}-{index + 1}"
 
 
-def start_position(attempt: int) -> str:
-    """Log position of `started` or `migrated` of an attempt."""
-    return f"{attempt}-0"
+def start_position(attempt: int, tokens_kept: int = 0) -> str:
+    """Log position of `started` or `migrated` of an attempt that goes on after `tokens_kept` tokens."""
+    return f"{attempt}-{tokens_kept}"
 
 
 def terminal_position(attempt: int) -> str:

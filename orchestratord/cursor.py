@@ -1,8 +1,8 @@
 """Where a reader stands in a task's log, and what is new to it. Pure. Read `Cursor.fresh` first.
 
-A position is (attempt, n); tokens stand at n = index + 1. Log entries hold several tokens and may overlap (two owners
-of one attempt), and a failover may have rolled the log back: so a reader takes only positions beyond its own, and of
-tokens only the index that it needs next.
+A position is (attempt, n): its holder has n tokens and needs the one with index n next; the end's n is larger than any.
+Log entries hold several tokens and may overlap (two owners of one attempt), and a failover may have undone some: so a
+reader takes only positions beyond its own, and of tokens only the index that it needs next.
 """
 
 from __future__ import annotations
@@ -150,12 +150,12 @@ def open_cursor(after: str | None, first: str, last: str, sealed: bool, tokens_l
             param="Last-Event-ID",
         )
     attempt, number = wanted
-    is_token = 0 < number < TERMINAL_SEQUENCE and attempt > 0
-    beyond = wanted > parse_position(last) or (is_token and number > tokens_logged)
+    tells_tokens = attempt > 0 and number < TERMINAL_SEQUENCE
+    beyond = wanted > parse_position(last) or (tells_tokens and number > tokens_logged)
     if sealed and beyond:
         raise ApiError(
             ErrorCode.CONFLICT,
             f"this id is ahead of the finished stream, which ends at {last}: read again from the start",
             param="Last-Event-ID",
         )
-    return Cursor(wanted, number if is_token else None)
+    return Cursor(wanted, number if tells_tokens else None)

@@ -152,7 +152,7 @@ class Followers:
         follower = self._followers.get(task_id)
         if follower is None or follower.undone:
             attempt, number = parse_position(last)
-            follower = Follower(task_id, Cursor((attempt, number), number if attempt and number else None), self._now())
+            follower = Follower(task_id, Cursor((attempt, number), number if attempt else None), self._now())
             follower.relayed_here = self._house.relays.has(task_id)
             self._followers[task_id] = follower
             self._subscriptions_changed.set()

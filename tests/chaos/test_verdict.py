@@ -24,7 +24,7 @@ def end(tokens: int = 4, reason: str = REASON, attempt: int = 1) -> Event:
 
 
 def moved(attempt: int, kept: int) -> Event:
-    return "migrated", f"{attempt}-0", {"reason": "worker_lost", "tokens_kept": kept, "attempt": attempt}
+    return "migrated", f"{attempt}-{kept}", {"reason": "worker_lost", "tokens_kept": kept, "attempt": attempt}
 
 
 WHOLE = [tok(0), tok(1), tok(2), tok(3), end()]

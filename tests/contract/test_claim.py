@@ -165,7 +165,7 @@ async def test_a_continuation_needs_the_same_weights(store: Store) -> None:
     assert claimed.task.attempt == 2
     assert claimed.resume_token_ids == (1000, 1001, 1002)
     entry = (await store.read_log("a", after="1-3"))[0]
-    assert entry.position == "2-0"
+    assert entry.position == "2-3"
     assert msgspec.json.decode(entry.data, type=MigratedEvent) == MigratedEvent(
         task_id="a", worker_id="w4", attempt=2, reason="worker_lost", tokens_kept=3
     )

@@ -79,7 +79,7 @@ async def test_nothing_follows_a_newer_attempt_or_the_end(store: Store) -> None:
         ("0-1", "queued"),
         ("1-0", "started"),
         ("1-2", "tokens"),
-        ("2-0", "migrated"),
+        ("2-2", "migrated"),
         ("2-3", "tokens"),
         (f"2-{TERMINAL_SEQUENCE}", "end"),
     ]

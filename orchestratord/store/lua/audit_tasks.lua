@@ -108,7 +108,6 @@ end
 local function last_position(task)
   if not is_live(task) then return task.attempt .. '-' .. TERMINAL end
   if task.attempt == '0' then return '0-1' end
-  if task.tokens_logged == task.tokens_kept then return task.attempt .. '-0' end
   return task.attempt .. '-' .. task.tokens_logged
 end
 

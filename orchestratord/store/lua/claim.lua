@@ -4,7 +4,8 @@
 --        6… task id, worker id, charge (tokens) of each assignment
 -- Returns a list of { running task fields (RUNNING_FIELDS), payload }, one for each assignment that took effect; empty
 --        when the version is another one. A call that is repeated with its id returns what it did the first time.
--- Event  <attempt>-0 started for the first attempt, migrated (with the reason of the last requeue) for later ones.
+-- Event  <attempt>-<tokens kept> started for the first attempt, migrated (with the reason of the last requeue) for later
+--        ones. The id has the tokens, so that its holder's place is known even when a failover undoes this entry.
 --@include tasks
 --@include workers
 
@@ -87,7 +88,7 @@ local function start(task, worker, charge)
   redis.call('HSET', key('running', worker.worker_id), task.task_id, task.attempt)
   own(task.task_id, replica, now)
   redis.call('HINCRBYFLOAT', key('vtime', model), task.tenant, exact(tonumber(charge) / tonumber(task.weight)))
-  redis.call('XADD', key('log', task.task_id), task.attempt .. '-0', event(task, worker))
+  redis.call('XADD', key('log', task.task_id), task.attempt .. '-' .. task.tokens_logged, event(task, worker))
   remember(task, worker)
   publish_task(task)
 end

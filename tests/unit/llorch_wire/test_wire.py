@@ -82,7 +82,7 @@ def test_every_input_is_taken() -> None:
 
 @given(st.integers(1, 2**53 - 2), st.integers(0, 2**31))
 def test_positions_order_as_events_do(attempt: int, index: int) -> None:
-    start, token, end = start_position(attempt), token_position(attempt, index), terminal_position(attempt)
+    start, token, end = start_position(attempt, index), token_position(attempt, index), terminal_position(attempt)
     assert parse_position("0-1") < parse_position(start) < parse_position(token) < parse_position(end)
     assert parse_position(end) < parse_position(start_position(attempt + 1))
 

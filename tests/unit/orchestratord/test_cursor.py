@@ -42,7 +42,7 @@ def log(draw: st.DrawFn) -> tuple[list[LogEntry], int]:
             entries.append(LogEntry(position=start_position(1), kind="started", data=encode_data(started)))
         else:
             moved = MigratedEvent(task_id="t", worker_id="w", attempt=attempt, reason="worker_lost", tokens_kept=index)
-            entries.append(LogEntry(position=start_position(attempt), kind="migrated", data=encode_data(moved)))
+            entries.append(LogEntry(position=start_position(attempt, index), kind="migrated", data=encode_data(moved)))
         first = index
         for size in draw(st.lists(st.integers(1, 5), max_size=5)):
             overlap = draw(st.integers(0, min(2, index - first)))
@@ -100,7 +100,7 @@ def test_a_rolled_back_log_repeats_no_index(made: tuple[list[LogEntry], int], he
 
 def moved(attempt: int, kept: int) -> LogEntry:
     event = MigratedEvent(task_id="t", worker_id="w", attempt=attempt, reason="worker_lost", tokens_kept=kept)
-    return LogEntry(position=start_position(attempt), kind="migrated", data=encode_data(event))
+    return LogEntry(position=start_position(attempt, kept), kind="migrated", data=encode_data(event))
 
 
 def tokens(attempt: int, *indices: int) -> LogEntry:
@@ -118,7 +118,14 @@ def test_a_move_that_keeps_fewer_tokens_than_the_reader_has_is_kept_from_it() ->
     entries = [moved(2, 3), tokens(2, 3, 4, 5), ended(2, 6)]
     for take in (Cursor((1, 5), 5).fresh, lambda log: Cursor((1, 5), 5).fresh_items(Cursor((1, 3), 3).fresh(log))):
         assert [item.position for item in take(entries)] == ["2-6", f"2-{TERMINAL}"]
-    assert next(item.position for item in Cursor((1, 3), 3).fresh(entries)) == "2-0"
+    assert next(item.position for item in Cursor((1, 3), 3).fresh(entries)) == "2-3"
+
+
+def test_a_move_that_was_undone_is_a_place_to_go_on_from() -> None:
+    """Its id didn't say how many tokens had come before it, and all those that the log had lost came a second time."""
+    undone_log = [moved(3, 1), tokens(3, 1, 2), tokens(3, 3, 4, 5), ended(3, 6)]
+    cursor = open_cursor("2-4", "0-1", "1-1", False, 1)
+    assert [item.position for item in cursor.fresh(undone_log)] == ["3-5", "3-6", f"3-{TERMINAL}"]
 
 
 @pytest.mark.parametrize("beyond", [moved(3, 6), ended(2, 6)])
@@ -146,7 +153,7 @@ def test_trimmed_ahead_and_waiting() -> None:
     with pytest.raises(ApiError) as from_start:
         open_cursor(None, "1-10", "1-20", False, 20)
     assert from_start.value.code is ErrorCode.GONE
-    for ahead in ("2-0", "1-21", f"2-{TERMINAL}"):
+    for ahead in ("2-20", "1-21", f"2-{TERMINAL}"):
         with pytest.raises(ApiError) as conflict:
             open_cursor(ahead, "0-1", f"1-{TERMINAL}", True, 20)
         assert conflict.value.code is ErrorCode.CONFLICT
