@@ -229,7 +229,7 @@ class _LogCheck:
         kept = event.tokens_kept if isinstance(event, MigratedEvent) else 0
         named = event.attempt if isinstance(event, StartedEvent | MigratedEvent) else 0
         if (
-            number != 0
+            number != kept
             or attempt != self._attempt + 1
             or named != attempt
             or (entry.kind == "started") != (attempt == 1)
