@@ -100,10 +100,11 @@ class BootedMachine(NamespaceMachine):
     def power_off(self) -> None:
         """Everything is gone at once, the manager too; its groups with it."""
         super().power_off()
+        wait_for(self._groups_gone, 10, "processes are left in its control groups")
+
+    def _groups_gone(self) -> bool:
         for group in self.control_groups:
-            for folder in sorted(group.rglob("*/"), reverse=True):
-                if folder.is_dir():
-                    with suppress(OSError):
-                        folder.rmdir()
-            with suppress(OSError):
-                group.rmdir()
+            for folder in [*sorted(group.rglob("*/"), reverse=True), group]:
+                with suppress(OSError):  # not empty yet, or a file
+                    folder.rmdir()
+        return not any(group.exists() for group in self.control_groups)
