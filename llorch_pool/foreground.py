@@ -66,7 +66,8 @@ def main(words: Sequence[str]) -> int:
 
 def spawn(arguments: Sequence[str], reporter: Reporter) -> NoReturn:
     """Claim an entry and become the worker. Raises PoolError."""
-    from llorch_pool.spawn import checked, new_record, worker_command
+    from llorch_pool.launch import worker_command
+    from llorch_pool.spawn import checked, new_record
 
     cut = list(arguments).index("--") if "--" in arguments else len(arguments)
     given = _parser().parse_args(arguments[:cut])
@@ -143,7 +144,7 @@ def find_model(context: Context, text: str) -> ModelInfo:
 
 def as_ourselves(record: WorkerRecord, supervisor: str) -> WorkerRecord:
     """The entry with this process as its worker and this process' parent as its supervisor."""
-    from llorch_pool.spawn import bound_url
+    from llorch_pool.launch import bound_url
 
     me, parent = identify(os.getpid()), identify(os.getppid())
     if me is None or parent is None:

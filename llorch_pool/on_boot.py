@@ -16,10 +16,12 @@ from pathlib import Path
 from llorch_pool.context import Context
 from llorch_pool.errors import AbortedError, PoolError
 from llorch_pool.files import write_atomic
+from llorch_pool.launch import start
 from llorch_pool.lifecycle import end_process, inspect
 from llorch_pool.process import is_alive
 from llorch_pool.registry import Registry, WorkerRecord
-from llorch_pool.spawn import discard, lingering, start, user_manager_answers
+from llorch_pool.spawn import discard
+from llorch_pool.user_manager import lingering, user_manager_answers
 from llorch_wire.pool import WorkerInfo
 
 UNIT = "llorch-pool-restore.service"

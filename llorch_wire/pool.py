@@ -17,6 +17,101 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from llorch_wire.pool_commands import (
+    AnyCommand,
+    Command,
+    DeviceList,
+    Doctor,
+    ModelDownload,
+    ModelList,
+    ModelPartial,
+    ModelRemove,
+    ModelShow,
+    ModelVerify,
+    Status,
+    WorkerCleanup,
+    WorkerList,
+    WorkerLogs,
+    WorkerRestore,
+    WorkerSpawn,
+    WorkerStop,
+)
+from llorch_wire.pool_values import (
+    CleanupReport,
+    DeviceInfo,
+    FileRecord,
+    Finding,
+    ModelInfo,
+    PartialFile,
+    PoolStatus,
+    StopOutcome,
+    Stray,
+    VerifyReport,
+    WorkerInfo,
+    WorkerState,
+)
+
+__all__ = [
+    "LIFELINE_INTERVAL_S",
+    "LIFELINE_TIMEOUT_S",
+    "MAX_REQUEST_BYTES",
+    "POOL_PROTOCOL",
+    "RC_AUTH",
+    "RC_FAILED",
+    "RC_INTERRUPTED",
+    "RC_OK",
+    "RC_PARTIAL",
+    "RC_TIMEOUT",
+    "RC_UNREACHABLE",
+    "RC_USAGE",
+    "RESULTS",
+    "VERSION",
+    "AnyCommand",
+    "CleanupReport",
+    "Command",
+    "DeviceInfo",
+    "DeviceList",
+    "Doctor",
+    "End",
+    "Event",
+    "EventBase",
+    "Failure",
+    "FileRecord",
+    "Finding",
+    "Hello",
+    "Log",
+    "ModelDownload",
+    "ModelInfo",
+    "ModelList",
+    "ModelPartial",
+    "ModelRemove",
+    "ModelShow",
+    "ModelVerify",
+    "PartialFile",
+    "PoolStatus",
+    "Progress",
+    "Request",
+    "Result",
+    "Status",
+    "StopOutcome",
+    "Stray",
+    "StreamFile",
+    "StreamRequest",
+    "VerifyReport",
+    "WorkerCleanup",
+    "WorkerInfo",
+    "WorkerList",
+    "WorkerLogs",
+    "WorkerRestore",
+    "WorkerSpawn",
+    "WorkerState",
+    "WorkerStop",
+    "decode_event",
+    "decode_request",
+    "decode_result",
+    "encode_line",
+]
+
 VERSION = "0.1.0"
 """The release, as in pyproject.toml (a test holds the two together); importlib.metadata would cost every call 15 ms."""
 
@@ -29,143 +124,6 @@ LIFELINE_TIMEOUT_S = 30.0
 
 RC_OK, RC_FAILED, RC_USAGE, RC_PARTIAL, RC_AUTH, RC_UNREACHABLE, RC_TIMEOUT, RC_INTERRUPTED = 0, 1, 2, 3, 4, 5, 124, 130
 """Exit codes of both command lines."""
-
-WorkerState: TypeAlias = Literal[
-    "planned", "starting", "ready", "draining", "failed", "stopping", "unresponsive", "exited", "rebooted", "pid-reused"
-]
-
-
-class Command(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command"):
-    """Base of everything that a pool machine can be asked for."""
-
-
-class ModelDownload(Command, frozen=True, kw_only=True, tag="model.download"):
-    """Bring a model here. `ref`: `hf:org/name[@rev]`, `file:/abs/path` or an alias; `token` is never stored."""
-
-    ref: str
-    name: str | None = None
-    offline: bool = False
-    endpoint: str | None = None
-    token: str | None = None
-
-
-class ModelList(Command, frozen=True, kw_only=True, tag="model.list"):
-    """The models on this machine."""
-
-
-class ModelShow(Command, frozen=True, kw_only=True, tag="model.show"):
-    """One model with its files."""
-
-    name: str
-
-
-class ModelVerify(Command, frozen=True, kw_only=True, tag="model.verify"):
-    """Read every byte of a model again and compare with what was recorded."""
-
-    name: str
-
-
-class ModelRemove(Command, frozen=True, kw_only=True, tag="model.remove"):
-    """Delete a model. Refused while a worker uses it, unless `force`."""
-
-    name: str
-    force: bool = False
-
-
-class ModelPartial(Command, frozen=True, kw_only=True, tag="model.partial"):
-    """What is already here of a model that is about to be copied in from another pool."""
-
-    name: str
-    digest: str
-
-
-class WorkerSpawn(Command, frozen=True, kw_only=True, tag="worker.spawn"):
-    """Start a worker and wait until it is ready. `worker_key` goes into a 0600 file, never on a command line."""
-
-    model: str
-    orchestrator: str | None = None
-    worker_key: str | None = None
-    worker_id: str | None = None
-    pool: str | None = None
-    device: str | None = None
-    engine: str = "torch"
-    slots: int | None = None
-    idle_timeout_s: float | None = None
-    host: str | None = None
-    port: int = 0
-    advertise_url: str | None = None
-    on_boot: bool = False
-    ready_timeout_s: float = 600.0
-    force: bool = False
-    dry_run: bool = False
-    extra_args: list[str] = []
-
-
-class WorkerList(Command, frozen=True, kw_only=True, tag="worker.list"):
-    """Every worker on record here, with what it really is."""
-
-
-class WorkerStop(Command, frozen=True, kw_only=True, tag="worker.stop"):
-    """Drain, then SIGTERM, then SIGKILL. Empty `worker_ids` with `all` stops every worker here.
-
-    A worker that another program looks after is refused (with `all`: left out) unless `force`.
-    """
-
-    worker_ids: list[str] = []
-    all: bool = False
-    grace_s: float = 30.0
-    force: bool = False
-
-
-class WorkerLogs(Command, frozen=True, kw_only=True, tag="worker.logs"):
-    """The last lines of a worker's log; `follow` goes on until the caller leaves."""
-
-    worker_id: str
-    lines: int = 100
-    follow: bool = False
-
-
-class WorkerCleanup(Command, frozen=True, kw_only=True, tag="worker.cleanup"):
-    """Remove what dead workers left: entries, key files, stray processes, old logs."""
-
-    dry_run: bool = False
-
-
-class WorkerRestore(Command, frozen=True, kw_only=True, tag="worker.restore"):
-    """Bring back the workers that were spawned with --on-boot and died with a reboot."""
-
-
-class DeviceList(Command, frozen=True, kw_only=True, tag="device.list"):
-    """Devices with free and promised memory."""
-
-
-class Status(Command, frozen=True, kw_only=True, tag="status"):
-    """Everything about this machine in one answer."""
-
-
-class Doctor(Command, frozen=True, kw_only=True, tag="doctor"):
-    """Check this machine; `fix` repairs what can be repaired safely."""
-
-    fix: bool = False
-
-
-AnyCommand: TypeAlias = (
-    ModelDownload
-    | ModelList
-    | ModelShow
-    | ModelVerify
-    | ModelRemove
-    | ModelPartial
-    | WorkerSpawn
-    | WorkerList
-    | WorkerStop
-    | WorkerLogs
-    | WorkerCleanup
-    | WorkerRestore
-    | DeviceList
-    | Status
-    | Doctor
-)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -233,152 +191,6 @@ class End(EventBase, frozen=True, kw_only=True, tag="end"):
 
 
 Event: TypeAlias = Hello | Progress | Log | Result | End
-
-
-class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One device. `device` is what `--device` takes: a GPU's UUID, or "cpu". Memory in bytes."""
-
-    device: str
-    kind: Literal["cuda", "cpu"]
-    index: int
-    name: str
-    memory_total_bytes: int
-    memory_free_bytes: int
-    promised_bytes: int = 0
-    driver: str = ""
-    compute_capability: str = ""
-    workers: list[str] = []
-
-
-class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of a model: its path relative to the folder, its size and its sha256 in hex."""
-
-    path: str
-    size: int
-    sha256: str
-
-
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """`model.json`. `digest` is over every file's path and sha256: equal digests mean equal bytes."""
-
-    name: str
-    ref: str
-    revision: str
-    digest: str
-    bytes: int
-    format: str
-    architecture: str
-    context_length: int
-    dtype: str = ""
-    files: list[FileRecord] = []
-    downloaded_at_ms: int = 0
-    path: str = ""
-    """Where it is; filled when read, not stored."""
-
-
-class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """`problems` names each damaged, missing or unexpected file."""
-
-    name: str
-    ok: bool
-    bytes: int
-    problems: list[str] = []
-
-
-class PartialFile(msgspec.Struct, frozen=True, kw_only=True):
-    """How much of a file is already here; whole files have been verified."""
-
-    path: str
-    have_bytes: int
-    whole: bool
-
-
-class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker as this machine knows it. `state` is what was found now, not what was written down.
-
-    `supervisor` names the program that started it and starts it again, such as `llorch up`; empty for a worker that
-    stands by itself. `supervisor_pid` is 0 once that program is gone.
-    """
-
-    worker_id: str
-    state: WorkerState
-    detail: str = ""
-    pid: int = 0
-    start_time: int = 0
-    boot_id: str = ""
-    url: str = ""
-    model: str = ""
-    model_ref: str = ""
-    model_digest: str = ""
-    device: str = ""
-    engine: str = ""
-    instance_id: str = ""
-    orchestrator: str = ""
-    pool: str = ""
-    slots_total: int = 0
-    slots_free: int = 0
-    need_bytes: int = 0
-    vram_bytes: int = 0
-    uptime_s: float = 0.0
-    engine_restarts: int = 0
-    idle_timeout_s: float | None = None
-    on_boot: bool = False
-    started_at_ms: int = 0
-    log: str = ""
-    version: str = ""
-    supervisor: str = ""
-    supervisor_pid: int = 0
-
-
-class StopOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a worker ended: `drained`, `terminated`, `killed`, or `was-dead`."""
-
-    worker_id: str
-    how: Literal["drained", "terminated", "killed", "was-dead"]
-    took_ms: int
-
-
-class Stray(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that belongs to no live worker on record."""
-
-    pid: int
-    worker_id: str
-    command: str
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that doctor saw. `fixed` when it was repaired; `repair` is the command that would."""
-
-    level: Literal["ok", "warning", "error"]
-    subject: str
-    text: str
-    repair: str = ""
-    fixed: bool = False
-
-
-class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was (or with dry_run would be) removed."""
-
-    entries: list[str] = []
-    strays: list[Stray] = []
-    files: list[str] = []
-    dry_run: bool = False
-
-
-class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine at a glance. Disk figures are of the file system that holds the models."""
-
-    host: str
-    version: str
-    python: str
-    devices: list[DeviceInfo]
-    models: list[ModelInfo]
-    workers: list[WorkerInfo]
-    strays: list[Stray]
-    models_dir: str
-    state_dir: str
-    disk_free_bytes: int
-    disk_total_bytes: int
 
 
 RESULTS: dict[type[Command], Any] = {
