@@ -58,7 +58,7 @@ class Column(NamedTuple):
         value = row.get(self.key)
         if value is None or value == "":
             return "-"
-        return clean(self.show(value) if self.show else str(value))
+        return clean(self.show(value) if self.show else str(value)) or "-"
 
 
 def chosen(output: Format | None, as_json: bool, stream: IO[str] | None = None) -> Format:

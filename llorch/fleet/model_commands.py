@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from llorch.fleet.targets import AllOption, PoolsOption, TimeoutOption, Yes, app, ask, confirm, open_registry, show
+from llorch.fleet.targets import (
+    AllOption,
+    Asked,
+    PoolsOption,
+    TimeoutOption,
+    Yes,
+    answer,
+    app,
+    ask,
+    confirm,
+    open_registry,
+    show,
+)
 from llorch.output import Column, JsonOption, OutputOption, chosen, size
 from llorch_wire import pool as wire
 
@@ -46,8 +58,6 @@ def download(
     as_json: JsonOption = False,
 ) -> None:
     """Bring a model to pools; goes on with an interrupted download."""
-    form = chosen(output, as_json)
-    registry = open_registry()
     token = os.environ.get("HF_TOKEN") if hf_token else None
     if hf_token and not token:
         from llorch.errors import UsageProblem
@@ -56,7 +66,7 @@ def download(
     command = wire.ModelDownload(
         ref=ref, name=name, offline=offline, endpoint=os.environ.get("HF_ENDPOINT"), token=token
     )
-    show(ask(registry.chosen(pool or [], everywhere), registry, command, timeout_s=timeout), COLUMNS, form)
+    answer(command, COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
 @model_app.command("list")
@@ -68,9 +78,7 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """List the models on pools."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    show(ask(registry.chosen(pool or [], everywhere), registry, wire.ModelList(), timeout_s=timeout), COLUMNS, form)
+    answer(wire.ModelList(), COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
 @model_app.command("show")
@@ -83,10 +91,7 @@ def show_model(
     as_json: JsonOption = False,
 ) -> None:
     """Show one model; with --json also its files and digests."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    command = wire.ModelShow(name=name)
-    show(ask(registry.chosen(pool or [], everywhere), registry, command, timeout_s=timeout), COLUMNS, form)
+    answer(wire.ModelShow(name=name), COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
 @model_app.command("verify")
@@ -99,10 +104,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read every byte of a model again and compare it with what was recorded."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    command = wire.ModelVerify(name=name)
-    show(ask(registry.chosen(pool or [], everywhere), registry, command, timeout_s=timeout), VERIFY_COLUMNS, form)
+    answer(wire.ModelVerify(name=name), VERIFY_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
 @model_app.command("remove")

@@ -10,12 +10,13 @@ import typer
 from llorch.errors import AccessProblem, UsageProblem
 from llorch.fleet.targets import (
     AllOption,
+    Asked,
     DryRun,
     PoolsOption,
     TimeoutOption,
     Yes,
+    answer,
     app,
-    ask,
     confirm,
     open_registry,
     show,
@@ -178,10 +179,7 @@ def devices(
     as_json: JsonOption = False,
 ) -> None:
     """List the devices of pools with free and promised memory."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    pools = registry.chosen(pool or [], everywhere)
-    show(ask(pools, registry, wire.DeviceList(), timeout_s=timeout), DEVICE_COLUMNS, form)
+    answer(wire.DeviceList(), DEVICE_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
 @pool_app.command("doctor")
@@ -194,11 +192,8 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check machines: libraries, disk, devices, models, workers. Exit code 1 when something is wrong."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    outcomes = ask(registry.chosen(pool or [], everywhere), registry, wire.Doctor(fix=fix), timeout_s=timeout)
-    show(outcomes, FINDING_COLUMNS, form)
-    found: list[wire.Finding] = [finding for outcome in outcomes for finding in outcome.value or []]
+    answers = answer(wire.Doctor(fix=fix), FINDING_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
+    found: list[wire.Finding] = [finding for findings in answers for finding in findings]
     if any(finding.level == "error" and not finding.fixed for finding in found):
         raise typer.Exit(1)
 

@@ -129,16 +129,9 @@ class Session:
                 if leaving is None and now - ticked > wire.LIFELINE_INTERVAL_S:
                     ticked = now
                     _tick(process)
-                for key, _ in selector.select(0.1):
-                    data = os.read(key.fd, 1 << 16)
-                    if not data:
-                        selector.unregister(key.fileobj)
-                    elif key.fileobj is process.stdout:
-                        buffer += data
-                        self._lines(buffer, on_event)
-                    else:
-                        self._stderr += data
-                        del self._stderr[:-MAX_STDERR_BYTES]
+                if data := _read_some(selector, process, self._stderr):
+                    buffer += data
+                    self._lines(buffer, on_event)
         return leaving is not None
 
     def _lines(self, buffer: bytearray, on_event: OnEvent) -> None:
@@ -157,6 +150,23 @@ class Session:
                     self._end = end
                 case None:
                     pass  # a banner, or what a noisy .bashrc prints
+
+
+def _read_some(
+    selector: selectors.BaseSelector, process: subprocess.Popen[bytes], stderr: bytearray, seconds: float = 0.1
+) -> bytes:
+    """What comes on stdout within a moment; what comes on stderr is kept in `stderr`, the newest of it."""
+    found = b""
+    for key, _ in selector.select(seconds):
+        data = os.read(key.fd, 1 << 16)
+        if not data:
+            selector.unregister(key.fileobj)
+        elif key.fileobj is process.stdout:
+            found += data
+        else:
+            stderr += data
+            del stderr[:-MAX_STDERR_BYTES]
+    return found
 
 
 def _compare_versions(pool: Pool, hello: wire.Hello, on_event: OnEvent) -> None:
@@ -211,19 +221,10 @@ def run_script(
                 if now - ticked > wire.LIFELINE_INTERVAL_S and not feeder.is_alive():
                     ticked = now
                     _tick(process)
-                for key, _ in selector.select(0.1):
-                    data = os.read(key.fd, 1 << 16)
-                    if not data:
-                        selector.unregister(key.fileobj)
-                    elif key.fileobj is process.stdout:
-                        buffer += data
-                        *lines, rest = buffer.split(b"\n")
-                        buffer[:] = rest
-                        for line in lines:
-                            on_line(line.decode("utf-8", "replace"))
-                    else:
-                        stderr += data
-                        del stderr[:-MAX_STDERR_BYTES]
+                buffer += _read_some(selector, process, stderr)
+                *lines, buffer = buffer.split(b"\n")
+                for line in lines:
+                    on_line(line.decode("utf-8", "replace"))
     finally:
         status = connection.finish(process, LEAVE_S)
         feeder.join(1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 import typer
 
-from llorch.output import Column, Format, emit
+from llorch.output import Column, Format, chosen, emit
 from llorch_wire import pool as wire
 
 if TYPE_CHECKING:
@@ -65,6 +65,38 @@ def ask(
         )
 
     return fanout.run(pools, work, quiet=quiet)
+
+
+class Asked(NamedTuple):
+    """The options that most commands on pools have, as they were given."""
+
+    pool: list[str] | None
+    everywhere: bool
+    timeout_s: float
+    output: Format | None
+    as_json: bool
+
+
+def answer(
+    command: wire.AnyCommand,
+    columns: Sequence[Column],
+    asked: Asked,
+    keep: Callable[[Any], bool] | None = None,
+) -> list[Any]:
+    """Run a command on the pools that were asked for, show what they answer, raise what failed.
+
+    Returns every pool's answer. Of lists, only what `keep` says is shown.
+    """
+    form = chosen(asked.output, asked.as_json)
+    registry = open_registry()
+    pools = registry.chosen(asked.pool or [], asked.everywhere)
+    outcomes = ask(pools, registry, command, timeout_s=asked.timeout_s)
+    for outcome in outcomes:
+        if keep is not None and isinstance(outcome.value, list):
+            found: list[Any] = outcome.value
+            found[:] = [item for item in found if keep(item)]
+    show(outcomes, columns, form)
+    return [outcome.value for outcome in outcomes if outcome.value is not None]
 
 
 def rows_of(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llorch.errors import UsageProblem
-from llorch.fleet.targets import AllOption, DryRun, PoolsOption, TimeoutOption, app, ask, open_registry, show
+from llorch.fleet.targets import (
+    AllOption,
+    Asked,
+    DryRun,
+    PoolsOption,
+    TimeoutOption,
+    answer,
+    app,
+    ask,
+    open_registry,
+    show,
+)
 from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, size
 from llorch_wire import pool as wire
@@ -150,15 +161,8 @@ def list_workers(
 
         over_http(state=state, url=url, output=output, as_json=as_json)
         return
-    form = chosen(output, as_json)
-    registry = open_registry()
-    outcomes = ask(registry.chosen(pool or [], everywhere), registry, wire.WorkerList(), timeout_s=timeout)
-    if state is not None:
-        for outcome in outcomes:
-            if isinstance(outcome.value, list):
-                found: list[wire.WorkerInfo] = outcome.value
-                found[:] = [worker for worker in found if worker.state == state]
-    show(outcomes, COLUMNS, form)
+    asked = Asked(pool, everywhere, timeout, output, as_json)
+    answer(wire.WorkerList(), COLUMNS, asked, lambda worker: state in (None, worker.state))
 
 
 @worker_app.command("stop")
@@ -215,11 +219,8 @@ def stop_all(
     as_json: JsonOption = False,
 ) -> None:
     """Stop every worker on pools, but those of a `llorch up` there."""
-    form = chosen(output, as_json)
-    registry = open_registry()
     command = wire.WorkerStop(all=True, grace_s=grace, force=force)
-    pools = registry.chosen(pool or [], everywhere)
-    show(ask(pools, registry, command, timeout_s=grace + 60), STOP_COLUMNS, form)
+    answer(command, STOP_COLUMNS, Asked(pool, everywhere, grace + 60, output, as_json))
 
 
 @worker_app.command("logs")
@@ -262,10 +263,7 @@ def cleanup(
     as_json: JsonOption = False,
 ) -> None:
     """Remove what dead workers left on pools: entries, key files, stray processes, logs."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    command = wire.WorkerCleanup(dry_run=dry_run)
-    show(ask(registry.chosen(pool or [], everywhere), registry, command, timeout_s=timeout), CLEANUP_COLUMNS, form)
+    answer(wire.WorkerCleanup(dry_run=dry_run), CLEANUP_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
 @worker_app.command("restore")
@@ -277,7 +275,4 @@ def restore(
     as_json: JsonOption = False,
 ) -> None:
     """Start the workers again that were spawned with --on-boot and died with a reboot."""
-    form = chosen(output, as_json)
-    registry = open_registry()
-    pools = registry.chosen(pool or [], everywhere)
-    show(ask(pools, registry, wire.WorkerRestore(), timeout_s=timeout), COLUMNS, form)
+    answer(wire.WorkerRestore(), COLUMNS, Asked(pool, everywhere, timeout, output, as_json))

@@ -10,8 +10,10 @@ from typing import NoReturn
 
 import pytest
 
+from tests.support import namespaces
 from tests.support.fleet import Orchestrator, orchestrator
 from tests.support.hub import Hub
+from tests.support.namespaces import Network, network
 from tests.support.sshd import Machine, Operator, free_port, missing_tools, operator
 from tests.unit.llorch_pool.conftest import write_model
 
@@ -32,6 +34,15 @@ def ground(missing_service: Callable[[str], NoReturn]) -> Iterator[Path]:
 def op(ground: Path) -> Iterator[Operator]:
     with operator(ground / "op") as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def net(ground: Path, op: Operator, missing_service: Callable[[str], NoReturn]) -> Iterator[Network]:
+    """A network of namespace machines; the operator sits at its gateway."""
+    if reason := namespaces.missing_tools():
+        missing_service(reason)
+    with network(ground, op.key) as made:
+        yield made
 
 
 NewMachine = Callable[..., Machine]

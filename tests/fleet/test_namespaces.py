@@ -4,44 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from llorch.fleet import carry
-from tests.support import namespaces
 from tests.support.fleet import WORKER_KEY, Orchestrator, orchestrator
 from tests.support.hub import Hub
-from tests.support.namespaces import GATEWAY, NamespaceMachine, Network, network
-from tests.support.sshd import Operator, missing_tools, operator, wait_for
+from tests.support.namespaces import GATEWAY, NamespaceMachine, Network
+from tests.support.sshd import Operator, wait_for
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"LLORCH_WORKER_KEY": WORKER_KEY}
-
-
-@pytest.fixture(scope="module")
-def ground(missing_service: Callable[[str], NoReturn]) -> Iterator[Path]:
-    if reason := missing_tools() or namespaces.missing_tools():
-        missing_service(reason)
-    folder = Path(tempfile.mkdtemp(prefix="ln", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def op(ground: Path) -> Iterator[Operator]:
-    with operator(ground / "op") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def net(ground: Path, op: Operator) -> Iterator[Network]:
-    with network(ground, op.key) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from tests.fleet import booted
 from tests.fleet.booted import BootedMachine
-from tests.support import namespaces
 from tests.support.fleet import WORKER_KEY, Orchestrator, orchestrator
-from tests.support.namespaces import GATEWAY, SUBNET, Network, network
-from tests.support.sshd import Operator, missing_tools, operator, wait_for
+from tests.support.namespaces import GATEWAY, SUBNET, Network
+from tests.support.sshd import Operator, wait_for
 
 pytestmark = pytest.mark.e2e
 KEY = {"LLORCH_WORKER_KEY": WORKER_KEY}
 
 
-@pytest.fixture(scope="module")
-def ground(missing_service: Callable[[str], NoReturn]) -> Iterator[Path]:
-    if reason := missing_tools() or namespaces.missing_tools():
-        missing_service(reason)
+@pytest.fixture(scope="module", autouse=True)
+def user_manager() -> None:
     if reason := booted.missing_tools():
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="lu", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def op(ground: Path) -> Iterator[Operator]:
-    with operator(ground / "op") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def net(ground: Path, op: Operator) -> Iterator[Network]:
-    with network(ground, op.key) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
