@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.report import last_line, table, where, write_section
 from orchestratord.jobs.retention import Retention
+from orchestratord.jobs.runner import SWEEP_BUDGET_S
 from orchestratord.observations import Observations
 from orchestratord.store.audit import AuditPlace
 from orchestratord.store.store import Store
@@ -61,7 +62,7 @@ async def sweep(store: Store) -> tuple[int, float]:
     place: AuditPlace | None = None
     while True:
         periods += 1
-        findings, place = await store.audit_from(place, budget_s=12.0)
+        findings, place = await store.audit_from(place, budget_s=SWEEP_BUDGET_S)
         assert not findings, findings
         if place is None:
             return periods, time.monotonic() - begun
@@ -111,7 +112,7 @@ Reads of the store, {ROUNDS} of each, one after the other:
 
 {table(head, rows)}
 
-Retention drops **{r["dropped_per_s"]:,} tasks a second** ({r["dropped"]:,} in one run, which ends after 12 s; there
+Retention drops **{r["dropped_per_s"]:,} tasks a second** ({r["dropped"]:,} in one run, which ends after 9 s; there
 is one every 30 s); afterwards {r["left_mib"]} MiB were in use. The reconciling sweep took {r["sweep_periods"]} periods
 to see them all, {r["sweep_s"]} s at half speed.
 

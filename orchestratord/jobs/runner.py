@@ -4,12 +4,12 @@ Read `Jobs.run` first.
 
     job                     when                        who
     retention               every 30 s                  one replica a period
-    sweep (audit, repair)   every 5 min, for 12 s       one replica a period; goes on where the last one ended
+    sweep (audit, repair)   every 5 min, for 9 s        one replica a period; goes on where the last one ended
     webhook:<task>:<tries>  when it is due, at 1 s       whichever takes it; another one after its death
 
 arq's habits, and what is done about each: it pickles → JSON; it installs signal handlers → not here; its loop ends at
 the first Redis error → it is built anew after a pause; it re-runs a killed job after job_timeout + 10 s → a timeout of
-20 s; a period's job may be queued a second time by a replica that is late → SET NX on the period; on closing it warns
+15 s; a period's job may be queued a second time by a replica that is late → SET NX on the period; on closing it warns
 and may raise → it is taken down here.
 """
 
@@ -41,10 +41,10 @@ from orchestratord.store.errors import StoreUrlError
 from orchestratord.store.store import Store
 
 QUEUE = "arq:llorch"
-JOB_TIMEOUT_S = 20
+JOB_TIMEOUT_S = 15
 POLL_S = 0.5
 WEBHOOK_POLL_S = 1.0
-SWEEP_BUDGET_S = 12.0
+SWEEP_BUDGET_S = 9.0
 """Below the jobs' timeout, whose length a killed replica's webhook waits for. What is left over is the next sweep's."""
 SWEEP_PLACE = "arq:llorch:sweep-place"
 SWEEP_PLACE_S = 86_400

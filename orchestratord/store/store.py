@@ -50,6 +50,8 @@ _DROPPED = ErrorEvent(
 )
 _APPEND_OUTCOMES: dict[int, AppendOutcome] = {-1: "appended", -2: "covered", -3: "stale"}
 _APPEND_CHUNK = 64
+_DELETE_CHUNK = 32
+"""Tasks a script: some milliseconds, in which Redis does nothing else."""
 _MEMORY_READ_S = 1.0
 
 
@@ -240,7 +242,14 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
 
     async def delete_task(self, task_id: str) -> bool:
         """Forgets a task that has ended, its log and its idempotency record. False when it isn't there or lives."""
-        return bool(await self._run("delete_task", task_id))
+        return await self.delete_tasks([task_id]) == 1
+
+    async def delete_tasks(self, task_ids: Sequence[str]) -> int:
+        """The same for many at once, each step a few; how many there were to forget."""
+        deleted = 0
+        for start in range(0, len(task_ids), _DELETE_CHUNK):
+            deleted += await self._run("delete_task", *task_ids[start : start + _DELETE_CHUNK])
+        return deleted
 
     def hints(self) -> HintReader:
         """Wake-ups by name: `log:<task_id>`, `queue`, `fleet`, `cancel:<task_id>`. An async context manager."""

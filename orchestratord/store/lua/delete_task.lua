@@ -1,17 +1,22 @@
--- Forgets a task that has ended, with its log and its idempotency record.
+-- Forgets tasks that have ended, with their logs and their idempotency records.
 -- KEYS   1 anchor
--- ARGV   1 task id
--- Returns 1, or 0 when there is no such task or it hasn't ended.
+-- ARGV   1… task ids
+-- Returns how many: one that doesn't exist, or hasn't ended, is passed over.
 --@include tasks
 
-local task = task_hash(ARGV[1])
-if not task or is_live(task) then return 0 end
-redis.call('DEL', key('task', ARGV[1]), key('payload', ARGV[1]), key('log', ARGV[1]))
-if task.idempotency_key then
-  local idem = key('idem', task.tenant, task.idempotency_key)
-  if redis.call('GET', idem) == ARGV[1] then redis.call('DEL', idem) end
+local deleted = 0
+for _, task_id in ipairs(ARGV) do
+  local task = task_hash(task_id)
+  if task and not is_live(task) then
+    redis.call('DEL', key('task', task_id), key('payload', task_id), key('log', task_id))
+    if task.idempotency_key then
+      local idem = key('idem', task.tenant, task.idempotency_key)
+      if redis.call('GET', idem) == task_id then redis.call('DEL', idem) end
+    end
+    unindex(task, task.state)
+    redis.call('ZREM', key('done'), task_id)
+    redis.call('ZREM', key('webhooks'), task_id)
+    deleted = deleted + 1
+  end
 end
-unindex(task, task.state)
-redis.call('ZREM', key('done'), ARGV[1])
-redis.call('ZREM', key('webhooks'), ARGV[1])
-return 1
+return deleted
