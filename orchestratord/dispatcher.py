@@ -12,14 +12,14 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from typing import TYPE_CHECKING
 
 import structlog
 
-from orchestratord.planner import Plan, PlanMemory, PlanPolicy, interactive_running, plan
+from orchestratord.plan_history import PlanHistory
+from orchestratord.planner import Plan, PlanPolicy, plan
 from orchestratord.relay import Start
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.types import Claimed, RunningTask, Snapshot
@@ -30,14 +30,11 @@ if TYPE_CHECKING:
 MAX_PLANS = 8
 """Plans a round and model: more wait for the next round, so that one busy model doesn't hold up the others."""
 PER_QUEUE = 16
-PENDING_S = 2.0
 HEAR_S = (0.005, 0.015)
 """Replicas that all planned at each hint would take turns in finding their plans out of date."""
 MAX_FRUITLESS = 3
 MIN_PAUSE_S = 0.01
 """After some rounds without a claim: a flood of admissions into full workers must not become a busy loop."""
-FORGET_S = 10.0
-MAX_REMEMBERED = 10_000
 
 
 class Dispatcher:
@@ -51,11 +48,7 @@ class Dispatcher:
         self._heard = False
         self._look_around = True
         self._named: dict[str, None] = {}
-        self._pending: dict[tuple[str, int], float] = {}
-        self._idle_preemptions: dict[str, tuple[int, int]] = {}
-        """task → (preemptions in a row without a token between them, tokens then)"""
-        self._interactive: dict[str, tuple[float, float]] = {}
-        """model → (level, when)"""
+        self._history = PlanHistory()
         self._log = structlog.get_logger("orchestratord.dispatcher")
 
     def wake(self, model: str | None = None) -> None:
@@ -132,22 +125,17 @@ class Dispatcher:
             if not claimed:
                 house.observations.count("claim_conflicts", model)
                 await asyncio.sleep(random.uniform(0, 0.005) * (tries + 1))
-            elif len(claimed) == len(snapshot.waiting) < PER_QUEUE:
+                continue
+            self._let_yield(decision)  # the claim has shown that the snapshot was still true
+            if len(claimed) == len(snapshot.waiting) < PER_QUEUE:
                 return total  # no queue was longer than what was seen of it
         self.wake(model)
         return total
 
     async def _plan(self, snapshot: Snapshot) -> Plan:
-        now = time.monotonic()
-        self._pending = {key: until for key, until in self._pending.items() if until > now}
         rates = await self._house.fleet.rates(snapshot.model)
-        memory = PlanMemory(
-            mean_tokens_out=rates.tokens_out if rates and rates.samples else None,
-            pending=self._pending.keys(),
-            idle_preemptions=self._idle_of(snapshot),
-            interactive_lately=self._lately(snapshot, now),
-        )
-        return plan(snapshot, self._policy, memory)
+        tokens_out = rates.tokens_out if rates and rates.samples else None
+        return plan(snapshot, self._policy, self._history.memory(snapshot, time.monotonic(), tokens_out))
 
     def _start(self, claimed: Claimed) -> None:
         house, task = self._house, claimed.task
@@ -170,8 +158,7 @@ class Dispatcher:
 
     def _let_yield(self, decision: Plan) -> None:
         for task in decision.preemptions:
-            self._pending[task.task_id, task.attempt] = time.monotonic() + PENDING_S
-            self._remember(task)
+            self._history.asked(task, time.monotonic())
             self._house.observations.count("preemptions", task.model)
             self._house.spawn(self._yield(task), name=f"preempt {task.task_id}:{task.attempt}")
 
@@ -180,28 +167,3 @@ class Dispatcher:
             task.worker_url, task.task_id, task.attempt, "preempt", task.correlation_id
         )
         self._log.info("asked to yield", task_id=task.task_id, worker_id=task.worker_id, confirmed=asked)
-
-    def _lately(self, snapshot: Snapshot, now: float) -> float:
-        """The number of interactive attempts, falling off over seconds from its latest peak."""
-        level, then = self._interactive.get(snapshot.model, (0.0, now))
-        level = max(float(interactive_running(snapshot)), level * math.exp((then - now) / FORGET_S))
-        if len(self._interactive) >= MAX_REMEMBERED:
-            self._interactive.clear()
-        self._interactive[snapshot.model] = (level, now)
-        return level
-
-    def _idle_of(self, snapshot: Snapshot) -> dict[str, int]:
-        """Preemptions in a row of running tasks that have generated nothing since."""
-        idle: dict[str, int] = {}
-        for task in snapshot.running:
-            times, tokens_then = self._idle_preemptions.get(task.task_id, (0, -1))
-            if tokens_then == task.tokens_logged:
-                idle[task.task_id] = times
-        return idle
-
-    def _remember(self, task: RunningTask) -> None:
-        times, tokens_then = self._idle_preemptions.pop(task.task_id, (0, -1))
-        times = times + 1 if task.tokens_logged == tokens_then else 1
-        self._idle_preemptions[task.task_id] = (times, task.tokens_logged)
-        while len(self._idle_preemptions) > MAX_REMEMBERED:
-            del self._idle_preemptions[next(iter(self._idle_preemptions))]

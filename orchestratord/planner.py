@@ -24,9 +24,14 @@ class PlanPolicy:
     slots_per_aged: int = 8
     default_tokens_out: float = 256.0
     preempt: bool = True
-    min_run_ms: int = 1_000
-    min_first_run_ms: int = 250
-    """A batch task that never yielded before may be asked sooner: it can't be going back and forth."""
+    min_run_ms: int = 100
+    """Before that a batch attempt isn't asked to yield: mostly it would have generated nothing. Not longer, because
+    interactive work that meets young attempts only waits for them to grow up."""
+    min_aged_run_ms: int = 2_000
+    """The same for one that had to wait for `age_limit_ms`: ageing must bring it on."""
+    band: int = 1
+    """By how much fewer slots than batch leaves free may be free before batch yields without anything waiting: in
+    between, it neither starts nor yields."""
     max_preemptions_per_plan: int = 8
     max_idle_preemptions: int = 3
     """How often in a row a task may be preempted without having generated a token in between."""
@@ -75,8 +80,34 @@ def plan(snapshot: Snapshot, policy: PlanPolicy, memory: PlanMemory | None = Non
             assignments.append(Assignment(task_id=task.task_id, worker_id=worker_id, charge=tokens))
         elif task.priority == "interactive":
             unplaced.append(task)
-    preemptions = _preemptions(unplaced, snapshot, fleet, policy, memory) if policy.preempt else ()
+    if not policy.preempt:
+        return Plan(tuple(assignments))
+    preemptions = _preemptions(unplaced, snapshot, fleet, policy, memory)
+    if not preemptions and not unplaced:
+        preemptions = _make_room(spare - policy.band - fleet.slots_free, snapshot, fleet, policy, memory)
     return Plan(tuple(assignments), preemptions)
+
+
+def _make_room(
+    wanted: int, snapshot: Snapshot, fleet: Fleet, policy: PlanPolicy, memory: PlanMemory
+) -> tuple[RunningTask, ...]:
+    """Batch attempts that yield before anything waits, so that the next interactive task needn't wait for one to."""
+    pending = set(memory.pending)
+    wanted -= sum((task.task_id, task.attempt) in pending for task in snapshot.running)
+    if wanted <= 0:
+        return ()
+    victims = [
+        task
+        for task in snapshot.running
+        if task.worker_id in fleet.ready and _may_yield(task, snapshot.now_ms, pending, policy, memory)
+    ]
+    victims.sort(key=_cheapest)
+    return tuple(victims[: min(wanted, policy.max_preemptions_per_plan)])
+
+
+def _cheapest(task: RunningTask) -> tuple[int, int, str]:
+    """The least advanced first."""
+    return task.tokens_logged, -task.claimed_at_ms, task.task_id
 
 
 def interactive_running(snapshot: Snapshot) -> int:
@@ -104,7 +135,7 @@ def _preemptions(
     pending = set(memory.pending)
     soon_free = Counter(task.worker_id for task in snapshot.running if (task.task_id, task.attempt) in pending)
     victims = [task for task in snapshot.running if _may_yield(task, snapshot.now_ms, pending, policy, memory)]
-    victims.sort(key=lambda task: (task.tokens_logged, -task.claimed_at_ms, task.task_id))
+    victims.sort(key=_cheapest)
     chosen: list[RunningTask] = []
     for task in unplaced[: 8 * policy.max_preemptions_per_plan]:
         if len(chosen) >= policy.max_preemptions_per_plan:
@@ -126,7 +157,8 @@ def _preemptions(
 def _may_yield(
     task: RunningTask, now_ms: int, pending: set[tuple[str, int]], policy: PlanPolicy, memory: PlanMemory
 ) -> bool:
-    least_ms = policy.min_first_run_ms if task.attempt == 1 else policy.min_run_ms
+    waited_ms = task.claimed_at_ms - (task.waiting_since_ms or task.claimed_at_ms)
+    least_ms = policy.min_run_ms if waited_ms <= policy.age_limit_ms else policy.min_aged_run_ms
     return (
         task.priority == "batch"
         and (task.task_id, task.attempt) not in pending

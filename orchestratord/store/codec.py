@@ -41,6 +41,7 @@ RUNNING_FIELDS = (
     "on_disconnect",
     "tokens_logged",
     "correlation_id",
+    "waiting_since_ms",
 )
 QUEUED_FIELDS = (
     "task_id",

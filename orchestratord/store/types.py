@@ -161,6 +161,8 @@ class RunningTask(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect
     tokens_logged: int
     correlation_id: str
+    waiting_since_ms: int | None = None
+    """When the wait that this attempt ended had begun."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

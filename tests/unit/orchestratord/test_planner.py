@@ -48,7 +48,7 @@ def test_nobody_yields_when_it_would_not_help() -> None:
         (snapshot([queued("b", priority="batch")], [full()], [running("r")]), PlanMemory()),
         (snapshot([queued("i")], [worker("w1")], [running("r")]), PlanMemory()),
         (snapshot([queued("i")], [full()], [running("r", priority="interactive")]), PlanMemory()),
-        (snapshot([queued("i")], [full()], [running("r", claimed_at_ms=NOW - 900, attempt=2)]), PlanMemory()),
+        (snapshot([queued("i")], [full()], [running("r", claimed_at_ms=NOW - 90, attempt=2)]), PlanMemory()),
         (snapshot([queued("i")], [full()], [running("r")]), PlanMemory(pending={("r", 1)})),
         (snapshot([queued("i")], [full()], [running("r")]), PlanMemory(idle_preemptions={"r": 3})),
         (
@@ -93,6 +93,31 @@ def test_batch_leaves_room_for_the_interactive_work_that_comes_and_goes() -> Non
     assert len(plan(snapshot(waiting, [worker("w1", slots_total=8)]), POLICY).assignments) == 8
     lone = snapshot(waiting, [worker("w1", slots_total=3, slots_used=1)], busy[:1])
     assert len(plan(lone, POLICY).assignments) == 2, "too few slots to keep one back"
+
+
+def test_batch_makes_room_before_interactive_work_has_to_wait_for_it() -> None:
+    people = [running(f"i{n}", priority="interactive") for n in range(4)]
+    machines = [running(f"b{n}", tokens_logged=n) for n in range(8)]
+
+    def asked(used: int, busy: list[Any], **memory: Any) -> list[str]:
+        view = snapshot([queued("b", priority="batch")], [worker("w1", slots_total=12, slots_used=used)], busy)
+        return [task.task_id for task in plan(view, POLICY, PlanMemory(**memory)).preemptions]
+
+    assert asked(12, people + machines) == ["b0"], "two slots are to be free, and one less than that is borne"
+    assert asked(11, people + machines[:7]) == []
+    assert asked(12, people + machines, pending={("b5", 1)}) == []
+    assert asked(12, machines) == [], "nobody has come for a while"
+    assert asked(12, machines, interactive_lately=4.0) == ["b0"]
+    young = [running("b0", claimed_at_ms=NOW - 50), *machines[1:]]
+    assert asked(12, people + young) == ["b1"]
+
+
+def test_a_batch_task_that_had_to_wait_long_runs_for_a_while() -> None:
+    """Ageing brought it on: if it yielded at once, the batch class would starve after all."""
+    for run_ms, yields in ((1_000, False), (2_500, True)):
+        aged = running("r", claimed_at_ms=NOW - run_ms, waiting_since_ms=NOW - run_ms - 31_000)
+        decided = plan(snapshot([queued("i")], [full()], [aged]), POLICY)
+        assert bool(decided.preemptions) is yields
 
 
 PLACEMENTS = st.sampled_from(
@@ -165,4 +190,5 @@ def test_whatever_the_house_looks_like_a_plan_keeps_the_rules(view: Snapshot) ->
     assert all(task.priority == "batch" for task in decided.preemptions)
     assert len(set(decided.preemptions)) == len(decided.preemptions) <= POLICY.max_preemptions_per_plan
     waits = [t for t in view.waiting if t.priority == "interactive" and t.task_id not in assigned]
-    assert len(decided.preemptions) <= len(waits)
+    slots = sum(each.slots_total for each in workers.values() if each.state == "ready")
+    assert len(decided.preemptions) <= (len(waits) or slots // 4)
