@@ -81,24 +81,29 @@ def _spawn(context: Context, command: wire.WorkerSpawn) -> wire.WorkerInfo:
 
 
 def _worker(context: Context, command: wire.AnyCommand) -> Any:
-    from llorch_pool import lifecycle
     from llorch_pool.registry import Registry
 
     registry = Registry(context.paths.workers)
     match command:
         case wire.WorkerList():
-            return lifecycle.list_workers(registry)
+            from llorch_pool.lifecycle import list_workers
+
+            return list_workers(registry)
         case wire.WorkerStop():
             ids = _all_to_stop(context, registry, command) if command.all else command.worker_ids
             if not ids and not command.all:
                 raise usage_error("which worker?", "Name workers, or use --all.")
-            return lifecycle.stop_workers(context, registry, ids, command.grace_s, force=command.force)
+            from llorch_pool.ending import stop_workers
+
+            return stop_workers(context, registry, ids, command.grace_s, force=command.force)
         case wire.WorkerLogs():
             from llorch_pool.logs import show
 
             return show(context, registry, command)
         case wire.WorkerCleanup():
-            return lifecycle.cleanup(context, registry, dry_run=command.dry_run)
+            from llorch_pool.ending import cleanup
+
+            return cleanup(context, registry, dry_run=command.dry_run)
         case wire.WorkerRestore():
             from llorch_pool.on_boot import restore
 

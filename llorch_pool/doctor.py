@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llorch_pool import devices, estimate, lifecycle, models, process
+from llorch_pool import devices, ending, estimate, lifecycle, models, process
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
 from llorch_pool.paths import make_private
@@ -132,7 +132,7 @@ def _worker_entries(context: Context, registry: Registry, *, fix: bool) -> list[
             Finding(level="error", subject="process", text=text, repair="llorch-pool worker cleanup", fixed=fix)
         )
     if fix and any(finding.fixed for finding in found):
-        lifecycle.cleanup(context, registry, dry_run=False)
+        ending.cleanup(context, registry, dry_run=False)
     if process.start_time(os.getpid()) is None:
         found.append(Finding(level="error", subject="/proc", text="process start times can't be read here"))
     return found

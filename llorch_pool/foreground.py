@@ -28,8 +28,8 @@ import msgspec
 
 from llorch_pool import devices
 from llorch_pool.context import Context
+from llorch_pool.ending import kill_marked
 from llorch_pool.errors import PoolError, usage_error
-from llorch_pool.lifecycle import kill_marked
 from llorch_pool.process import identify, is_alive
 from llorch_pool.registry import MARKER, Registry, WorkerRecord
 from llorch_pool.render import Reporter

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from llorch_pool.context import Context
+from llorch_pool.ending import end_process
 from llorch_pool.errors import AbortedError, PoolError
 from llorch_pool.files import write_atomic
 from llorch_pool.launch import start
-from llorch_pool.lifecycle import end_process, inspect
+from llorch_pool.lifecycle import inspect
 from llorch_pool.process import is_alive
 from llorch_pool.registry import Registry, WorkerRecord
 from llorch_pool.spawn import discard

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from llorch_pool import devices, lifecycle, models
+from llorch_pool import devices, ending, lifecycle, models
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError, usage_error
 from llorch_pool.estimate import Need, estimate, gib
@@ -196,8 +196,8 @@ def discard(context: Context, registry: Registry, worker_id: str) -> None:
     try:
         record = registry.load(worker_id)
         if record.identity is not None and is_alive(record.identity):
-            lifecycle.end_process(context, registry, record, record.identity, grace_s=0, term_wait_s=1.0)
+            ending.end_process(context, registry, record, record.identity, grace_s=0, term_wait_s=1.0)
     except (PoolError, OSError):
         pass
-    lifecycle.kill_marked(registry, worker_id)
+    ending.kill_marked(registry, worker_id)
     registry.remove(worker_id)

@@ -2,7 +2,7 @@
 
     probe (sh) ─▶ plan: Python, torch build, what is downloaded where ─▶ agree ─▶ payload (tar) ─▶ install ─▶ remember
 
-Read `bootstrap_pools` and `plan` (pure) first.
+Read `bootstrap_pools` first; the decisions are in `bootstrap_plan`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import shutil
 import sysconfig
 import tarfile
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from llorch.errors import CliError, UsageProblem
+from llorch.errors import CliError
 from llorch.fleet import carry, failures, fanout, remote_scripts, ssh
+from llorch.fleet.bootstrap_plan import Options, Plan, Probe, parse_probe, plan
 from llorch.fleet.fanout import Outcome
 from llorch.fleet.live import Live
 from llorch.fleet.pools import Pool, Pools
@@ -33,13 +32,6 @@ from llorch.output import Column, say, size
 from llorch_wire import pool as wire
 
 PROBE_S = 60.0
-TORCH_INDEX = "https://download.pytorch.org/whl"
-OLDEST_PYTHON = (3, 11)
-NEWEST_PYTHON = (3, 13)
-# CUDA 13 needs driver 580; CUDA 12.6 runs from 525 on by minor version compatibility (NVIDIA, CUDA compatibility).
-TORCH_BUILDS = ((580, "cu130", 3 << 30), (525, "cu126", 3 << 30))
-CPU_TORCH_BYTES = 200 << 20
-NEEDS_FREE_BYTES = {"cpu": 3 << 30, "cuda": 10 << 30, "none": 300 << 20}
 
 COLUMNS = (
     Column("POOL", "pool"),
@@ -48,174 +40,6 @@ COLUMNS = (
     Column("TORCH", "torch"),
     Column("COMMAND", "command"),
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for."""
-
-    source: str
-    extras: str
-    torch: str
-    torch_index: str
-    wheels: Path | None
-    system_packages: bool
-    python: str
-
-    @classmethod
-    def checked(
-        cls,
-        *,
-        source: str,
-        extras: str,
-        torch: str,
-        torch_index: str,
-        wheels: str,
-        system_packages: bool,
-        python: str,
-    ) -> Options:
-        """Raises UsageProblem that names the option."""
-        if source not in ("auto", "index", "carry"):
-            raise UsageProblem(f"--source {source!r} is not auto, index or carry", next_step="leave it out for auto")
-        if extras not in ("worker", "none"):
-            raise UsageProblem(f"--extras {extras!r} is not worker or none", next_step="leave it out for worker")
-        if torch not in ("auto", "cpu", "default") and not re.fullmatch(r"cu\d{2,3}", torch):
-            raise UsageProblem(
-                f"--torch {torch!r} is not auto, cpu, default or a build such as cu130", next_step="leave it out"
-            )
-        folder = Path(wheels) if wheels else None
-        if folder is not None and not list(folder.glob("*.whl")):
-            raise UsageProblem(f"--wheels: there is no wheel in {folder}", next_step="pip download -d FOLDER ...")
-        index = torch_index or TORCH_INDEX
-        if not re.fullmatch(r"https?://[^\s\"']+", index):
-            raise UsageProblem("--torch-index must be a http(s) URL", next_step="leave it out for the default")
-        return cls(source, extras.replace("none", ""), torch, index.rstrip("/"), folder, system_packages, python)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a machine said about itself."""
-
-    system: str
-    machine: str
-    glibc: str
-    driver: str
-    free_bytes: int
-    pythons: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    """(version, path), the best first."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be done on one machine. `torch_index` "" means: where everything else comes from."""
-
-    python: str
-    python_version: str
-    torch_build: str
-    torch_index: str
-    platforms: list[str]
-    carried: bool
-    machine: str
-    lines: list[str]
-
-
-def parse_probe(lines: Sequence[str]) -> Probe:
-    """Probe from the script's output, banners ignored. Raises ValueError when it isn't whole."""
-    values: dict[str, str] = {}
-    pythons: list[tuple[str, str]] = []
-    for line in lines:
-        mark, _, rest = line.partition(remote_scripts.MARK)
-        name, separator, value = rest.partition("=")
-        if mark or not separator:
-            continue
-        if name == "python":
-            version, _, path = value.partition(" ")
-            pythons.append((version, path))
-        values[name] = value.strip()
-    if "end" not in values:
-        raise ValueError("the probe did not come to its end")
-    free = values.get("free_kib", "")
-    return Probe(
-        system=values.get("system", ""),
-        machine=values.get("machine", ""),
-        glibc=values.get("glibc", ""),
-        driver=values.get("driver", ""),
-        free_bytes=int(free) * 1024 if free.isdigit() else 0,
-        pythons=pythons,
-    )
-
-
-def plan(pool: Pool, probe: Probe, options: Options) -> Plan:
-    """What to do on that machine. Raises CliError for one that can't run workers. Pure."""
-    if probe.system != "Linux" or probe.machine not in ("x86_64", "aarch64"):
-        raise CliError(
-            f"{pool.name}: {probe.system or 'unknown system'} on {probe.machine or 'unknown machine'} is not supported",
-            next_step="pools are Linux machines, x86_64 or aarch64",
-        )
-    version, path = _python(probe, options)
-    build = _torch_build(pool, probe, options)
-    lines = [
-        f"Python {version} at {path}" if path else "Python 3.12: brought by uv, about 30 MiB, since there is none",
-        f"llorch-pool {wire.VERSION} and its dependencies, about 25 MiB",
-    ]
-    if options.extras and not options.system_packages:
-        about = CPU_TORCH_BYTES if build == "cpu" else 3 << 30
-        why = f"driver {probe.driver}" if probe.driver else "no GPU driver"
-        lines.append(f"torch ({build}: {why}), about {size(about)}, and transformers, about 100 MiB")
-    kind = "none" if not options.extras else "cpu" if build == "cpu" else "cuda"
-    if probe.free_bytes and probe.free_bytes < NEEDS_FREE_BYTES[kind]:
-        raise CliError(
-            f"{pool.name}: {size(probe.free_bytes)} free in $HOME, {size(NEEDS_FREE_BYTES[kind])} are needed",
-            next_step="free space there, or set XDG_DATA_HOME on the pool",
-        )
-    index = "" if build == "default" or options.system_packages else f"{options.torch_index}/{build}"
-    carried = options.source == "carry" or (options.source == "auto" and options.wheels is not None)
-    lines.append("everything is carried over from here" if carried else "the pool downloads from its package index")
-    return Plan(
-        python=path,
-        python_version=version,
-        torch_build=build,
-        torch_index=index,
-        platforms=_platforms(probe),
-        carried=carried,
-        machine=probe.machine,
-        lines=lines,
-    )
-
-
-def _python(probe: Probe, options: Options) -> tuple[str, str]:
-    """(full version, path) of the Python to use; ("3.12", "") when uv has to bring one."""
-    usable = [
-        (version, path)
-        for version, path in probe.pythons
-        if OLDEST_PYTHON <= tuple(int(part) for part in version.split(".")[:2]) <= NEWEST_PYTHON
-    ]
-    if options.python:
-        return next((item for item in usable if item[1] == options.python), ("3.12", options.python))
-    return usable[0] if usable else ("3.12", "")
-
-
-def _torch_build(pool: Pool, probe: Probe, options: Options) -> str:
-    if not options.extras or options.torch != "auto":
-        return options.torch if options.torch != "auto" else "cpu"
-    if not probe.driver:
-        return "cpu"
-    major = int(probe.driver.partition(".")[0]) if probe.driver.partition(".")[0].isdigit() else 0
-    for oldest, build, _ in TORCH_BUILDS:
-        if major >= oldest:
-            return build
-    raise CliError(
-        f"{pool.name}: its NVIDIA driver {probe.driver} is too old for torch (525 is the oldest)",
-        next_step="update the driver, or run on its CPU with --torch cpu",
-    )
-
-
-def _platforms(probe: Probe) -> list[str]:
-    """Wheel tags that the machine takes, the newest first (PEP 600)."""
-    major, _, minor = probe.glibc.partition(".")
-    newest = int(minor) if major == "2" and minor.isdigit() else 17
-    tags = [f"manylinux_2_{number}_{probe.machine}" for number in range(newest, 16, -1)]
-    return [*tags, f"manylinux2014_{probe.machine}", f"linux_{probe.machine}"]
 
 
 def bootstrap_pools(

@@ -225,7 +225,8 @@ def bootstrap(
 ) -> None:
     """Install a matching llorch-pool on machines that have nothing but ssh. Needs no root there."""
     from llorch.fleet.bootstrap import COLUMNS as BOOTSTRAP_COLUMNS
-    from llorch.fleet.bootstrap import Options, bootstrap_pools
+    from llorch.fleet.bootstrap import bootstrap_pools
+    from llorch.fleet.bootstrap_plan import Options
 
     form = chosen(output, as_json)
     registry = open_registry()

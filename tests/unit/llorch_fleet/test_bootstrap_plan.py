@@ -12,7 +12,7 @@ import pytest
 
 from llorch.errors import CliError, UsageProblem
 from llorch.fleet import carry, remote_scripts
-from llorch.fleet.bootstrap import Options, Probe, parse_probe, plan
+from llorch.fleet.bootstrap_plan import Options, Probe, parse_probe, plan
 from llorch.fleet.pools import Pool
 
 POOL = Pool(name="gpu1", host="h")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llorch_pool import lifecycle, likely_cause, on_boot, spawn
+from llorch_pool import ending, lifecycle, likely_cause, on_boot, spawn
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
 from llorch_pool.log_rotation import rotate
@@ -48,7 +48,7 @@ def test_a_damaged_entry_hides_nothing_else_and_is_cleaned_up(context: Context, 
     assert [entry.worker_id for entry in registry.all()] == ["w1"]
     with pytest.raises(PoolError, match="can't be read"):
         registry.load("bad")
-    lifecycle.cleanup(context, registry, dry_run=False)
+    ending.cleanup(context, registry, dry_run=False)
     assert not registry.file("bad", "json").exists()
 
 
@@ -77,10 +77,10 @@ def test_cleanup_keeps_what_lives_and_what_comes_back(context: Context, registry
     registry.save(record("back", pid=5, start_time=1, boot_id="earlier", on_boot=True))
     registry.file("gone", "log").write_text("an old log\n")
     registry.file("gone", "env").write_text("{}")
-    planned = lifecycle.cleanup(context, registry, dry_run=True)
+    planned = ending.cleanup(context, registry, dry_run=True)
     assert planned.entries == ["dead"] and set(planned.files) == {"gone.log", "gone.env"}
     assert registry.file("gone", "log").exists()
-    lifecycle.cleanup(context, registry, dry_run=False)
+    ending.cleanup(context, registry, dry_run=False)
     assert [entry.worker_id for entry in registry.all()] == ["back"] and not registry.file("gone", "log").exists()
 
 
