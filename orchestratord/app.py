@@ -40,6 +40,8 @@ from orchestratord.store.store import Store
 from orchestratord.store.types import QueueLimits
 
 SERVER_GRACE_S = 2.0
+LAST_CALLS_S = 1.0
+"""A request that waits for Redis when the server closes gets its 503 after this, while there is time to send it."""
 CONNECT_PAUSE_S = 0.5
 EXIT_AT_ONCE = 130
 
@@ -53,6 +55,7 @@ class Parts:
     jobs: Jobs
     listener: socket.socket
     url: str
+    store: Store
 
 
 async def serve(settings: Settings) -> int:
@@ -98,7 +101,7 @@ async def _live(settings: Settings, listener: socket.socket, url: str, stopping:
         server = make_server(app, max_connections=settings.max_connections, graceful_s=SERVER_GRACE_S)
         log = structlog.get_logger("orchestratord")
         log.info("starting", url=url, redis=redacted_url(redis_url), replica=orchestrator.replica_id)
-        await _run(settings, Parts(orchestrator, server, jobs, listener, url), stopping)
+        await _run(settings, Parts(orchestrator, server, jobs, listener, url, store), stopping)
 
 
 async def _run(settings: Settings, parts: Parts, stopping: asyncio.Event) -> None:
@@ -113,6 +116,7 @@ async def _run(settings: Settings, parts: Parts, stopping: asyncio.Event) -> Non
         _remove(settings.ready_file)
         structlog.get_logger("orchestratord").info("stopping", deadline_ms=settings.drain_timeout_ms)
         await parts.orchestrator.stop(settings.drain_timeout_ms / 1000)
+        parts.store.hurry(LAST_CALLS_S)
         parts.server.should_exit = True
         await end_tasks([announcing, working])
 

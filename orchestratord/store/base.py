@@ -22,6 +22,10 @@ class StoreBase:
         """Closes every connection."""
         await self._connection.aclose()
 
+    def hurry(self, timeout_s: float) -> None:
+        """From now on every call, those under way too, gives up after `timeout_s` without an answer."""
+        self._connection.hurry(timeout_s)
+
     async def ping(self) -> None:
         """Raises StoreUnavailableError when Redis doesn't answer."""
         await self._connection.call(self._connection.client.ping)

@@ -146,6 +146,8 @@ class Connection:
         self.shown = shown
         self.timeout_s = timeout_s
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._deadlines: set[asyncio.Timeout] = set()
+        """Of the commands in flight."""
         self._trouble_at = time.monotonic()
 
     def healthy_for_s(self) -> float:
@@ -155,6 +157,15 @@ class Connection:
     def trouble(self) -> None:
         """Redis, or the way to it, was seen to fail or to stand still."""
         self._trouble_at = time.monotonic()
+
+    def hurry(self, timeout_s: float) -> None:
+        """From now on no command, nor one in flight, waits longer than this: whoever waits for it is about to end."""
+        self.timeout_s = min(self.timeout_s, timeout_s)
+        latest = asyncio.get_running_loop().time() + timeout_s
+        for deadline in self._deadlines:
+            due = deadline.when()
+            if not deadline.expired() and (due is None or due > latest):
+                deadline.reschedule(latest)
 
     async def run(self, script: str, *args: str | bytes | int | float) -> Any:
         """Runs a script by its name. Safe to repeat: each one recognises its own second call."""
@@ -172,18 +183,26 @@ class Connection:
         """One command, tried again once when its connection breaks. Raises StoreUnavailableError."""
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self.timeout_s), self._slots:
-                started = time.monotonic()
+            async with asyncio.timeout(self.timeout_s) as deadline:
+                self._deadlines.add(deadline)
                 try:
-                    result = await _attempt(command)
-                except exceptions.ConnectionError:
-                    self.trouble()
-                    result = await _attempt(command)
+                    async with self._slots:
+                        started = time.monotonic()
+                        result = await self._tried(command)
+                finally:
+                    self._deadlines.discard(deadline)
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             raise self._unavailable(error) from error
         if time.monotonic() - started > SLOW_S:
             self.trouble()
         return result
+
+    async def _tried(self, command: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await _attempt(command)
+        except exceptions.ConnectionError:
+            self.trouble()
+            return await _attempt(command)
 
     def _unavailable(self, error: Exception) -> Exception:
         if isinstance(error, TimeoutError | exceptions.TimeoutError):

@@ -18,6 +18,7 @@ import pytest
 
 from llorch_wire.sse import SseParser
 from tests.api.daemon import DEADLINE_S, ROOT
+from tests.support.redis_server import redis_server
 from tests.support.scripted_worker import ScriptedWorker
 
 API_KEY, WORKER_KEY = "client-key-123456", "worker-key-123456"
@@ -65,6 +66,41 @@ async def test_a_second_signal_ends_it_at_once_and_redis_with_it(start: Callable
     daemon.process.send_signal(signal.SIGINT)
     assert await daemon.ended() == 130
     await gone(daemon.folder)
+
+
+async def test_requests_that_wait_for_redis_are_answered_before_a_graceful_stop(start: Callable[..., Any]) -> None:
+    """They were cut off without an answer, each with a traceback in the log."""
+    with redis_server() as redis:
+        daemon = await start("--redis-url", redis.url, "--drain-timeout-ms", "500")
+        sent = asyncio.Semaphore(0)
+        trace = aiohttp.TraceConfig()
+        trace.on_request_chunk_sent.append(_counts(sent))
+        async with aiohttp.ClientSession(trace_configs=[trace]) as http:
+            redis.pause()
+            try:
+                body = {"model": "m", "prompt": "hello"}
+                waiting = [asyncio.create_task(_status(http, f"{daemon.url}/v2/tasks", body)) for _ in range(3)]
+                for _ in waiting:
+                    await asyncio.wait_for(sent.acquire(), DEADLINE_S)
+                async with http.get(f"{daemon.url}/health") as reply:  # behind them
+                    assert reply.status == 200
+                assert await daemon.stop() == 0, daemon.log()
+                assert await asyncio.gather(*waiting) == [503, 503, 503]
+            finally:
+                redis.resume()
+    assert "error" not in {json.loads(line)["level"] for line in daemon.log().splitlines()}, daemon.log()
+
+
+def _counts(sent: asyncio.Semaphore) -> Any:
+    async def count(*_: Any) -> None:
+        sent.release()
+
+    return count
+
+
+async def _status(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> int:
+    async with http.post(url, json=body) as reply:
+        return reply.status
 
 
 async def test_tasks_survive_sigkill_and_streams_end_at_a_graceful_stop(start: Callable[..., Any]) -> None:

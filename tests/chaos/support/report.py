@@ -49,6 +49,9 @@ class Report:
     rolled_back_in_files: list[dict[str, Any]] = field(default_factory=list)
     """By failover: what the new master's files lacked of what clients held."""
 
+    undone_commands: list[str] = field(default_factory=list)
+    """Commands of the operator that a failover undid, found and given again at the end."""
+
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     reordered: list[str] = field(default_factory=list)
@@ -104,7 +107,7 @@ class Report:
         ]
         if self.topology.startswith("sentinel"):
             lines.append(f"  rolled back by failover, as clients saw it: {len(self.rolled_back_tasks)}; in files:")
-            lines += [f"    {entry}" for entry in self.rolled_back_in_files]
+            lines += [f"    {entry}" for entry in [*self.rolled_back_in_files, *self.undone_commands]]
         lines.append(f"  {'fault':<28}{'times':>6}{'streams in flight':>20}")
         times = Counter(strike.kind for strike in self.strikes)
         for kind in sorted(times):

@@ -167,13 +167,26 @@ async def _look(town: Town, clients: Clients, report: Report) -> None:
     report.take_pauses(clients.pauses)
     report.unexpected_answers = clients.unexpected
     try:
+        if town.redis.may_roll_back:
+            report.undone_commands = await _undrain_again(town)
         await town.all_ready(60)
-    except TimeoutError:
-        report.complaints.append("not everything came back: " + ", ".join(p.name for p in town.parts if not p.alive))
+    except TimeoutError as error:
+        report.complaints.append(f"not everything came back: {error}")
     report.leaked_slots = await _until_empty(lambda: _slots_taken(town), 20.0)
     report.audit += await _until_empty(lambda: _findings(town), 5.0)
     report.complaints += town.complaints()
     report.adopted = _adopted(town)
+
+
+async def _undrain_again(town: Town) -> list[str]:
+    """An operator looks whether a command still stands after a failover, as docs/guarantees.md advises."""
+    undone: list[str] = []
+    with contextlib.suppress(StoreUnavailableError):  # what doesn't come back is found next
+        for view in await town.store.workers():
+            if view.state == "draining":
+                await town.operate(f"/v2/workers/{view.worker_id}/undrain")
+                undone.append(f"undrain of {view.worker_id}")
+    return undone
 
 
 async def _until_empty(look: Any, deadline_s: float) -> list[str]:

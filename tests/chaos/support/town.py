@@ -141,19 +141,25 @@ class Town:
     async def all_ready(self, deadline_s: float = 120.0) -> None:
         """Wait until every replica answers and every worker is ready."""
         wanted = {part.name for part in [*self.workers, *([self.real] if self.real else [])]}
-        missing: list[str] = []
-        async with asyncio.timeout(deadline_s):
-            while True:
-                try:
-                    ready = {view.worker_id for view in await self.store.workers() if view.state == "ready"}
-                    missing = sorted(wanted - ready) + [url for url in self.urls if not await self._is_ready(url)]
-                except StoreUnavailableError:
-                    missing = ["redis"]
-                if not missing:
-                    return
-                for part in self.parts:
-                    assert part.alive, f"{part.name} ended:\n{part.tail()}"
-                await asyncio.sleep(0.05)
+        missing: list[str] = ["everything"]
+        try:
+            async with asyncio.timeout(deadline_s):
+                while missing:
+                    missing = await self._missing(wanted)
+                    for part in self.parts:
+                        assert part.alive, f"{part.name} ended:\n{part.tail()}"
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise TimeoutError(f"not ready: {', '.join(missing)}") from None
+
+    async def _missing(self, wanted: set[str]) -> list[str]:
+        """What isn't ready, in words."""
+        try:
+            states = {view.worker_id: view.state for view in await self.store.workers()}
+        except StoreUnavailableError as error:
+            return [str(error)]
+        lacking = [f"{name} is {states.get(name, 'unknown')}" for name in sorted(wanted) if states.get(name) != "ready"]
+        return lacking + [url for url in self.urls if not await self._is_ready(url)]
 
     async def _is_ready(self, url: str) -> bool:
         try:
