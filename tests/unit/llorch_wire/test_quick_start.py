@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from llorch_wire import pool as wire
 from llorch_wire.quick_start import hidden
 
 
-def test_a_hidden_module_is_only_hidden_meanwhile() -> None:
-    sys.modules.pop("this", None)
+def test_a_hidden_module_is_only_hidden_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     with hidden("colorsys"):
         try:
             import colorsys as _  # noqa: F401
