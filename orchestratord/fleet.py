@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from llorch_wire.tasks import Priority
 from orchestratord.forecast import Forecast, ForecastBook, predict
+from orchestratord.planner import free_for
 from orchestratord.store.types import ServiceRates, WorkerView
 from orchestratord.values import ModelView, PoolView
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 WORKERS_FRESH_S = 1.0
 RATES_FRESH_S = 1.0
+SLOTS_FRESH_S = 1.0
 MAX_MODELS = 10_000
 
 
@@ -27,6 +30,7 @@ class FleetView:
         self._house = house
         self._workers: tuple[float, list[WorkerView]] = (float("-inf"), [])
         self._rates: dict[str, tuple[float, ServiceRates | None]] = {}
+        self._slots_of: dict[str, tuple[float, tuple[int, dict[Priority, int]]]] = {}
         self._models: frozenset[str] = frozenset()
         self.book = ForecastBook()
 
@@ -56,15 +60,31 @@ class FleetView:
             self._rates[model] = (now, rates)
         return rates
 
-    async def forecast(self, model: str, position: int) -> Forecast | None:
+    async def forecast(self, model: str, position: int, priority: Priority) -> Forecast | None:
         """When the task at this place of the model's queue (1: the next) will start."""
-        serving = [view for view in await self.workers() if view.model == model and view.state == "ready"]
+        slots_total, free = await self._slots(model)
         return predict(
             max(0, position - 1),
-            slots_total=sum(view.slots_total for view in serving),
-            slots_free=sum(max(0, view.slots_total - view.slots_used) for view in serving),
+            slots_total=slots_total,
+            slots_free=free[priority],
             rates=await self.rates(model),
         )
+
+    async def _slots(self, model: str) -> tuple[int, dict[Priority, int]]:
+        """Slots in all, and those that each class can have, at most a second old."""
+        now = time.monotonic()
+        read_at, slots = self._slots_of.get(model, (float("-inf"), (0, {})))
+        if now - read_at >= SLOTS_FRESH_S:
+            view = await self._house.store.snapshot(model, per_queue=1)
+            preempt = self._house.settings.preempt
+            free: dict[Priority, int] = {
+                "interactive": free_for("interactive", view, preempt=preempt), "batch": free_for("batch", view),
+            }  # fmt: skip
+            slots = (sum(worker.slots_total for worker in view.workers if worker.state == "ready"), free)
+            if len(self._slots_of) >= MAX_MODELS:
+                self._slots_of.clear()
+            self._slots_of[model] = (now, slots)
+        return slots
 
 
 def by_model(models: frozenset[str], workers: list[WorkerView]) -> list[ModelView]:

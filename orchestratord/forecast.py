@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from orchestratord.store.types import ServiceRates
+from orchestratord.store.types import QueueDepth, ServiceRates
 
 Verdict: TypeAlias = Literal["within_p50", "within_p90", "late"]
 
@@ -60,6 +61,18 @@ def predict(ahead: int, *, slots_total: int, slots_free: int, rates: ServiceRate
     error = p50 * relative / math.sqrt(seen)
     p90 = rounds * rates.service_ms + _Z90 * math.sqrt(rounds * variance + error**2)
     return Forecast(p50 + DISPATCH_P50_MS, max(p50, p90) + DISPATCH_P90_MS)
+
+
+def next_turn(depths: Iterable[QueueDepth], model: str, tenant: str) -> int:
+    """The place from which a waiting task of the tenant will start next: tenants of a class take turns. 1 where none of
+    the tenant's tasks waits for this model."""
+    rows = [row for row in depths if row.model == model]
+    classes = {row.priority for row in rows if row.tenant == tenant}
+    if "interactive" in classes:
+        return sum(row.priority == "interactive" for row in rows)
+    if "batch" not in classes:
+        return 1
+    return sum(row.depth if row.priority == "interactive" else 1 for row in rows)
 
 
 def judge(forecast: Forecast, actual_ms: float) -> Verdict:

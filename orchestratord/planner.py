@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from llorch_wire.tasks import Priority
 from orchestratord.fairness import ServiceOrder, charge, promoted
 from orchestratord.routing import Fleet, RoutingPolicy, place, suitable
 from orchestratord.store.types import Assignment, QueuedTask, RunningTask, Snapshot
@@ -108,6 +109,16 @@ def _make_room(
 def _cheapest(task: RunningTask) -> tuple[int, int, str]:
     """The least advanced first."""
     return task.tokens_logged, -task.claimed_at_ms, task.task_id
+
+
+def free_for(priority: Priority, snapshot: Snapshot, *, preempt: bool = True) -> int:
+    """Slots that tasks of a class can have at once or nearly so: interactive ones also those where batch will yield,
+    batch only those beyond what it leaves free."""
+    fleet = Fleet(snapshot.workers)
+    if priority == "batch":
+        return max(0, fleet.slots_free - _headroom(snapshot, fleet, 0.0))
+    held = sum(1 for task in snapshot.running if task.priority == "batch" and task.worker_id in fleet.ready)
+    return fleet.slots_free + (held if preempt else 0)
 
 
 def interactive_running(snapshot: Snapshot) -> int:

@@ -7,12 +7,12 @@ import uuid
 from collections.abc import AsyncGenerator
 
 from llorch_wire.errors import ApiError, ErrorCode
-from llorch_wire.tasks import TaskRequest, TaskStatus
+from llorch_wire.tasks import Priority, TaskRequest, TaskStatus
 from orchestratord.admission import AdmissionPolicy, Drawn, admit, refusal
-from orchestratord.forecast import Forecast
+from orchestratord.forecast import Forecast, next_turn
 from orchestratord.settings import Tenant
 from orchestratord.store.errors import StoreUnavailableError
-from orchestratord.store.types import Admitted, Refused
+from orchestratord.store.types import Admitted, NewTask, Refused
 from orchestratord.surface import STORE_RETRY_MS, Surface, store_unavailable
 from orchestratord.values import StreamItem, Submitted, TaskView
 
@@ -73,8 +73,8 @@ class TaskSurface(Surface):
         )
         result = await self._stored(self._store.admit(task, self._settings.limits))
         if isinstance(result, Refused):
-            raise await self._refusal(result, task.model)
-        return await self._submitted(result, drawn.now_ms)
+            raise await self._refusal(result, task)
+        return await self._submitted(result, drawn.now_ms, task.priority)
 
     async def _deadline_figures(self, request: TaskRequest) -> tuple[Forecast | None, float | None]:
         """Where a task admitted now would stand in time; only looked up for one that has a deadline."""
@@ -87,21 +87,25 @@ class TaskSurface(Surface):
             if depth.model == request.model and (depth.priority == "interactive" or request.priority == "batch")
         )
         rates = await self._stored(self._house.fleet.rates(request.model))
-        forecast = await self._stored(self._house.fleet.forecast(request.model, ahead + 1))
+        forecast = await self._stored(self._house.fleet.forecast(request.model, ahead + 1, request.priority))
         return forecast, rates.ms_per_token if rates else None
 
-    async def _refusal(self, refused: Refused, model: str) -> ApiError:
-        limits = self._settings.limits
-        forecast = await self._stored(self._house.fleet.forecast(model, 1))
+    async def _refusal(self, refused: Refused, task: NewTask) -> ApiError:
+        """When a place will be free: when the next task of those that fill the queue starts."""
+        place = 1
+        if refused.reason == "queue_full_tenant":
+            place = next_turn(await self._stored(self._store.queue()), task.model, task.tenant)
+        forecast = await self._stored(self._house.fleet.forecast(task.model, place, task.priority))
         wait_ms = STORE_RETRY_MS if forecast is None else round(forecast.p90_ms)
-        return refusal(refused, limits, await self._stored(self._house.fleet.known_models()), wait_ms, model)
+        known = await self._stored(self._house.fleet.known_models())
+        return refusal(refused, self._settings.limits, known, wait_ms, task.model)
 
-    async def _submitted(self, admitted: Admitted, now_ms: int) -> Submitted:
+    async def _submitted(self, admitted: Admitted, now_ms: int, priority: Priority) -> Submitted:
         forecast = None
         if admitted.created:
             self._house.wake_dispatcher(admitted.model)
         if admitted.status == "queued":
-            forecast = await self._forecast(admitted.model, admitted.queue_position)
+            forecast = await self._forecast(admitted.model, admitted.queue_position, priority)
         if forecast is not None and admitted.created:
             self._house.fleet.book.note(admitted.task_id, forecast, now_ms)
         return Submitted(
@@ -116,10 +120,10 @@ class TaskSurface(Surface):
             created_at_ms=admitted.created_at_ms,
         )
 
-    async def _forecast(self, model: str, position: int) -> Forecast | None:
+    async def _forecast(self, model: str, position: int, priority: Priority) -> Forecast | None:
         """A forecast is a courtesy: none when Redis has just gone away."""
         try:
-            return await self._house.fleet.forecast(model, position)
+            return await self._house.fleet.forecast(model, position, priority)
         except StoreUnavailableError:
             return None
 
@@ -141,7 +145,7 @@ class TaskSurface(Surface):
                 break
         forecast = None
         if record.status == "queued" and record.queue_position and record.attempt == 0:
-            forecast = await self._forecast(record.model, record.queue_position)
+            forecast = await self._forecast(record.model, record.queue_position, record.priority)
         return TaskView(
             record=record,
             text="".join(parts),

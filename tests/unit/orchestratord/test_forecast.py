@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from orchestratord.forecast import Forecast, ForecastBook, judge, predict
-from orchestratord.store.types import ServiceRates
+from llorch_wire.tasks import Priority
+from orchestratord.forecast import Forecast, ForecastBook, judge, next_turn, predict
+from orchestratord.store.types import QueueDepth, ServiceRates
 
 RATES = ServiceRates(samples=50, service_ms=1_000.0, service_ms_variance=250_000.0)
 
@@ -74,3 +75,16 @@ def test_the_book_scores_once_and_stays_small() -> None:
     assert book.settle("c", 1_150) == "within_p90"
     book.note("d", Forecast(100, 200), now_ms=1_000)
     assert book.settle("d", 1_300) == "late"
+
+
+def test_a_tenants_next_turn() -> None:
+    def row(tenant: str, priority: Priority, depth: int, model: str = "m") -> QueueDepth:
+        return QueueDepth(model=model, priority=priority, tenant=tenant, depth=depth, oldest_age_ms=0)
+
+    depths = [
+        row("a", "interactive", 5), row("b", "interactive", 9), row("c", "batch", 4), row("d", "batch", 1),
+        row("e", "interactive", 7, "other"),
+    ]  # fmt: skip
+    assert next_turn(depths, "m", "a") == 2
+    assert next_turn(depths, "m", "c") == 5 + 9 + 2, "batch comes after all that is interactive"
+    assert next_turn(depths, "m", "nobody") == next_turn([], "m", "a") == 1

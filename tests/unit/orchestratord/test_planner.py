@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestratord.planner import Plan, PlanMemory, PlanPolicy, plan
+from orchestratord.planner import Plan, PlanMemory, PlanPolicy, free_for, plan
 from orchestratord.routing import suitable
 from orchestratord.store.types import PlacementSpec, Snapshot
 from tests.unit.orchestratord.makers import NOW, queued, running, snapshot, worker
@@ -192,3 +192,12 @@ def test_whatever_the_house_looks_like_a_plan_keeps_the_rules(view: Snapshot) ->
     waits = [t for t in view.waiting if t.priority == "interactive" and t.task_id not in assigned]
     slots = sum(each.slots_total for each in workers.values() if each.state == "ready")
     assert len(decided.preemptions) <= (len(waits) or slots // 4)
+
+
+def test_what_a_class_can_have_at_once() -> None:
+    busy = [running("b"), running("i", priority="interactive"), running("lost", "w9")]
+    view = snapshot([], [worker("w1", slots_total=8, slots_used=4)], busy)
+    assert free_for("interactive", view) == 5
+    assert free_for("interactive", view, preempt=False) == 4
+    assert free_for("batch", view) == 3
+    assert free_for("batch", snapshot([], [worker("w1", slots_total=8, slots_used=8)], busy)) == 0
