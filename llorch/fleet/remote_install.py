@@ -13,6 +13,7 @@ What it says on stdout are the events of llorch_wire.pool, one JSON object a lin
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -47,6 +48,7 @@ def main() -> None:
     home = Path(os.environ.get("XDG_DATA_HOME") or "")
     base = (home if home.is_absolute() else Path.home() / ".local" / "share") / "llorch" / "pool"
     target = base / "venvs" / args["venv"]
+    alone = lock(base)
     if (target / "complete").exists():
         say("log", text="the same version is installed already")
     else:
@@ -64,6 +66,25 @@ def main() -> None:
     )
     prune(base, target)
     say("end", rc=0)
+    os.close(alone)
+
+
+def lock(base: Path) -> int:
+    """Wait until no other bootstrap works here: two would build, or prune, in each other's folders. The lock's handle.
+
+    The kernel frees it with its holder; how long it may take is up to the caller, whose leaving ends this program.
+    """
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        handle = os.open(base / "bootstrap.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        fail(f"can't write to {base}: {error.strerror}", "free space there, or set XDG_DATA_HOME on the pool")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("progress", phase="waiting", text="another bootstrap works on this machine")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
 
 
 def build(target: Path, args: dict[str, Any]) -> None:
@@ -124,11 +145,21 @@ def pip(target: Path, what: Sequence[str]) -> None:
             say("progress", phase="installing", text=text[:200])
     if process.wait():
         shutil.rmtree(target, ignore_errors=True)
+        said = next((line for line in reversed(lines) if "ERROR" in line), (lines or ["no reason given"])[-1])
         fail(
-            "pip failed on the pool: " + next((line for line in reversed(lines) if "ERROR" in line), lines[-1])[:300],
-            "without a package index there: llorch pool bootstrap --source carry",
+            f"pip failed on the pool: {said[:300]}",
+            next_step_after(said, carried="--no-index" in what),
             "\n".join(lines),
         )
+
+
+def next_step_after(said: str, *, carried: bool) -> str:
+    """What helps when pip failed with these words."""
+    if "No space left" in said or "Disk quota" in said:
+        return "free space there (in $HOME, and in $TMPDIR), or set XDG_DATA_HOME on the pool"
+    if carried:
+        return "the wheels don't fit this machine or are not all there: leave --wheels out, and llorch finds them"
+    return "without a package index there: llorch pool bootstrap --source carry"
 
 
 def announce(target: Path, wanted: str) -> None:

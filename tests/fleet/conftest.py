@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 import pytest
 
+from llorch.fleet import carry
 from tests.support import namespaces
 from tests.support.fleet import Orchestrator, orchestrator
 from tests.support.hub import Hub
@@ -18,6 +20,7 @@ from tests.support.sshd import Machine, Operator, free_port, missing_tools, oper
 from tests.unit.llorch_pool.conftest import write_model
 
 pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,28 @@ def net(ground: Path, op: Operator, missing_service: Callable[[str], NoReturn]) 
         missing_service(reason)
     with network(ground, op.key) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment with a copy of the packages: a checkout that is being edited would be another version each time."""
+    copy = tmp_path_factory.mktemp("snapshot")
+    for package in carry.PACKAGES:
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return {"PYTHONPATH": str(copy)}
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that llorch-pool needs but torch, for the Python that runs here."""
+    folder = tmp_path_factory.mktemp("wheels")
+    wheel = carry.pack(folder)
+    platforms = [f"manylinux_2_{number}_{platform.machine()}" for number in (28, 17)]
+    platforms += [f"manylinux2014_{platform.machine()}", f"linux_{platform.machine()}"]
+    version = platform.python_version()
+    carry.download(wheel, folder, extras="", python_version=version, platforms=platforms, torch_index="")
+    wheel.unlink()
+    return folder
 
 
 NewMachine = Callable[..., Machine]

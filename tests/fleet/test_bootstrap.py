@@ -12,24 +12,12 @@ from typing import Any
 
 import pytest
 
-from llorch.fleet import carry
+from tests.fleet.bare import add_bare, bare_path
 from tests.fleet.conftest import NewMachine
 from tests.fleet.index import Index, python_archive
 from tests.support.sshd import Machine, Operator, wait_for
 
 pytestmark = pytest.mark.e2e
-TOOLS = "sh bash tar gzip head tail cat rm mkdir mktemp chmod uname getconf sed df awk kill env sleep id"
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def bare_path(folder: Path, **programs: str) -> str:
-    """A PATH that holds the tools of any Linux machine, and these programs (name: where it is)."""
-    folder.mkdir(parents=True)
-    found = {name: shutil.which(name) for name in TOOLS.split()}
-    for name, path in {**found, **programs}.items():
-        if path:
-            (folder / name).symlink_to(path)
-    return str(folder)
 
 
 def pythons(version: str) -> str:
@@ -43,26 +31,10 @@ def rows(op: Operator, *arguments: str, **options: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def still(op: Operator) -> dict[str, str]:
-    """Environment with a copy of the packages: a checkout that is being edited would be another version each time."""
-    copy = op.folder / "snapshot"
-    for package in carry.PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return {"PYTHONPATH": str(copy)}
-
-
-@pytest.fixture(scope="module")
-def index(ground: Path) -> Iterator[Index]:
-    """Everything that llorch-pool needs without torch, for this Python, and two builds of a stand-in for torch."""
+def index(ground: Path, wheels: Path) -> Iterator[Index]:
+    """Everything that llorch-pool needs without torch, and builds of a stand-in for torch."""
     folder = ground / "index"
-    folder.mkdir()
-    wheel = carry.pack(folder)
-    carry.download(
-        wheel, folder, extras="", python_version=".".join(str(part) for part in sys.version_info[:3]),
-        platforms=["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "linux_x86_64"],
-        torch_index="",
-    )  # fmt: skip
-    wheel.unlink()
+    shutil.copytree(wheels, folder)
     for build in ("cpu", "cu126", "cu130"):
         info = "torch-2.11.0.dist-info"
         with zipfile.ZipFile(folder / f"torch-2.11.0+{build}-py3-none-any.whl", "w") as archive:
@@ -74,15 +46,8 @@ def index(ground: Path) -> Iterator[Index]:
         yield server
 
 
-def add_bare(op: Operator, new_machine: NewMachine, name: str, environ: dict[str, str]) -> Machine:
-    made = new_machine(name, environ=environ)
-    added = op.llorch("pool", "add", name, made.address, "-y")
-    assert f"llorch pool bootstrap {name}" in added.stderr
-    return made
-
-
 def test_uv_brings_a_python_where_it_is_too_old(
-    op: Operator, new_machine: NewMachine, ground: Path, still: dict[str, str]
+    op: Operator, new_machine: NewMachine, ground: Path, snapshot: dict[str, str]
 ) -> None:
     newer, older = pythons("3.12"), pythons("3.10")
     if not newer:
@@ -97,7 +62,7 @@ def test_uv_brings_a_python_where_it_is_too_old(
         old = add_bare(op, new_machine, "old", environ)
         done = op.llorch(
             "pool", "bootstrap", "old", "-y", "--source", "carry", "--extras", "none", "--json",
-            timeout=300, environ=still,
+            timeout=300, environ=snapshot,
         )  # fmt: skip
         assert "Python 3.12: brought by uv" in done.stderr and "downloading" in done.stderr
         assert json.loads(done.stdout)[0]["python"] == version
@@ -111,7 +76,7 @@ def test_uv_brings_a_python_where_it_is_too_old(
 
 
 def test_a_python_that_can_not_be_brought_is_said_and_nothing_stays(
-    op: Operator, new_machine: NewMachine, ground: Path, still: dict[str, str]
+    op: Operator, new_machine: NewMachine, ground: Path, snapshot: dict[str, str]
 ) -> None:
     environ = {
         "PATH": bare_path(ground / "bin-none"), "UV_PYTHON_INSTALL_MIRROR": "http://127.0.0.1:9/",
@@ -121,7 +86,7 @@ def test_a_python_that_can_not_be_brought_is_said_and_nothing_stays(
     none = add_bare(op, new_machine, "none", environ)
     done = op.llorch(
         "pool", "bootstrap", "none", "-y", "--source", "carry", "--extras", "none",
-        timeout=300, environ=still, check=1,
+        timeout=300, environ=snapshot, check=1,
     )  # fmt: skip
     assert "there is no Python 3.11 or newer on the pool, and uv could not download one" in done.stderr
     assert "UV_PYTHON_INSTALL_MIRROR" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -160,12 +125,12 @@ def test_a_driver_that_is_too_old_is_refused(op: Operator, new_machine: NewMachi
 
 
 def test_a_pool_that_reaches_an_index_downloads_by_itself(
-    op: Operator, new_machine: NewMachine, ground: Path, index: Index, still: dict[str, str]
+    op: Operator, new_machine: NewMachine, ground: Path, index: Index, snapshot: dict[str, str]
 ) -> None:
     environ = {"PIP_INDEX_URL": f"{index.url}/simple", "PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0"}
     path = bare_path(ground / "bin-reach", python3=sys.executable)
     reach = add_bare(op, new_machine, "reach", {"PATH": path, **environ})
-    done = op.llorch("pool", "bootstrap", "reach", "-y", "--extras", "none", timeout=300, environ=still)
+    done = op.llorch("pool", "bootstrap", "reach", "-y", "--extras", "none", timeout=300, environ=snapshot)
     assert "the pool downloads from its package index" in done.stderr
     assert "downloads " in done.stderr and "msgspec" in done.stderr
     assert any(request.startswith("/simple/msgspec/") for request in index.requests)
@@ -174,14 +139,14 @@ def test_a_pool_that_reaches_an_index_downloads_by_itself(
 
 
 def test_torch_comes_from_the_index_of_its_build_and_a_missing_package_is_said(
-    op: Operator, new_machine: NewMachine, ground: Path, index: Index, still: dict[str, str]
+    op: Operator, new_machine: NewMachine, ground: Path, index: Index, snapshot: dict[str, str]
 ) -> None:
     """The index has a build of torch for every driver, and lacks transformers: what was begun goes away again."""
     environ = {"PIP_INDEX_URL": f"{index.url}/simple", "PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0"}
     machine = gpu_machine(op, new_machine, ground, "g575", "575.57.08", **environ)
     index.requests.clear()
     failed = op.llorch(
-        "pool", "bootstrap", "g575", "-y", "--torch-index", index.url, timeout=300, environ=still, check=1
+        "pool", "bootstrap", "g575", "-y", "--torch-index", index.url, timeout=300, environ=snapshot, check=1
     )
     assert any("torch-2.11.0+cu126" in request for request in index.requests), index.requests
     assert not any("+cu130" in request or "+cpu" in request for request in index.requests)

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from llorch.fleet import carry
 from tests.support.fleet import WORKER_KEY, Orchestrator, orchestrator
 from tests.support.hub import Hub
 from tests.support.namespaces import GATEWAY, NamespaceMachine, Network
 from tests.support.sshd import Operator, wait_for
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).resolve().parents[2]
 KEY = {"LLORCH_WORKER_KEY": WORKER_KEY}
 
 
@@ -127,25 +125,20 @@ def test_a_command_that_is_cut_off_ends_on_the_far_side_too(
             process.communicate(timeout=10)
 
 
-def snapshot(op: Operator) -> dict[str, str]:
-    """Environment with a copy of the packages: a checkout that is being edited would be another version each time."""
-    copy = op.folder / "snapshot"
-    for package in carry.PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return {"PYTHONPATH": str(copy)}
-
-
 def test_a_bare_machine_is_bootstrapped_and_gets_the_key(
-    op: Operator, net: Network, house: Orchestrator, fleet: dict[str, NamespaceMachine]
+    op: Operator,
+    net: Network,
+    house: Orchestrator,
+    fleet: dict[str, NamespaceMachine],
+    snapshot: dict[str, str],
 ) -> None:
     """A machine with nothing but ssh and a Python: no index is reachable, so everything is carried over."""
-    still = snapshot(op)
     bare = net.machine("bare", environ={"PATH": "/usr/local/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1"})
     op.llorch("pool", "add", "bare", bare.address, "-y", "--orchestrator", house.url)
     planned = op.llorch("pool", "bootstrap", "bare", "--dry-run", "--source", "carry", "--extras", "none")
     assert "carried over from here" in planned.stderr and not (bare.home / ".local").exists()
     install = ("pool", "bootstrap", "bare", "-y", "--source", "carry", "--extras", "none")
-    op.llorch(*install, timeout=300, environ=still)
+    op.llorch(*install, timeout=300, environ=snapshot)
     known = next(row for row in rows(op, "pool", "list") if row["name"] == "bare")
     assert known["command"] == str(bare.home / ".local/share/llorch/pool/current/bin/llorch-pool")
     doctor = op.llorch("pool", "doctor", "-p", "bare", check=1)
@@ -161,7 +154,7 @@ def test_a_bare_machine_is_bootstrapped_and_gets_the_key(
     command = next(line for _, line in bare.processes() if "-m worker " in line)
     assert str(bare.home) in command and WORKER_KEY not in command
     assert house.finish(house.submit(placement={"mode": "pin", "pin_pool": "bare"}))["status"] == "completed"
-    again = op.llorch(*install, timeout=300, environ=still)
+    again = op.llorch(*install, timeout=300, environ=snapshot)
     assert "installed already" in again.stderr
     op.llorch("worker", "stop-all", "-p", "bare", "--grace", "5")
     wait_for(lambda: not bare.processes(), 10)
