@@ -26,6 +26,7 @@ from llorch_wire.events import (
 )
 from orchestratord.cursor import Cursor, open_cursor
 from orchestratord.follower import Follower
+from orchestratord.patience import both
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.values import StreamItem
 
@@ -135,7 +136,7 @@ class Followers:
     async def _open(self, task_id: str, tenant: str | None, after: str | None) -> tuple[Cursor, str, bool]:
         """The reader's cursor, the log's present last position, and whether it is sealed."""
         store = self._house.store
-        record, bounds = await asyncio.gather(store.task(task_id, tenant), store.log_bounds(task_id))
+        record, bounds = await both(store.task(task_id, tenant), store.log_bounds(task_id))
         if record is None:
             raise ApiError(
                 ErrorCode.NOT_FOUND, "there is no such task: check its id, or it was retired", param="task_id"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from orchestratord.observations import Observations
 from orchestratord.store.errors import StoreUnavailableError
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.8
@@ -32,6 +33,26 @@ def backoff_ms(failures: int, *, first_ms: int = 200, longest_ms: int = 10_000, 
     """Pause before attempt number `failures` + 1: doubling, bounded, with jitter (`spread` in 0..1 fixes it)."""
     full = min(longest_ms, first_ms * 2 ** max(0, min(failures, 16)))
     return round(full * (0.75 + 0.5 * (random.random() if spread is None else spread)))
+
+
+async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, S]) -> tuple[T, S]:
+    """The results of two calls that run side by side. None outlives this call, as the rest of a failed
+    `asyncio.gather` does."""
+    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        one, other = await asyncio.gather(*tasks)
+        return one, other
+    finally:
+        await end_tasks(tasks)
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """As `both`, for any number of calls of one type."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(tasks)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -9,13 +9,13 @@ layout and invariants.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
 
 from llorch_wire.errors import ErrorCode
 from llorch_wire.events import EndEvent, ErrorEvent, encode_data
+from orchestratord.patience import all_of
 from orchestratord.store import codec, connection
 from orchestratord.store.audit import AuditPlace, audit, audit_from
 from orchestratord.store.base import moment
@@ -116,7 +116,7 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
             return []
         flat = [part for pair in assignments for part in (pair.task_id, pair.worker_id, repr(float(pair.charge)))]
         rows = await self._run("claim", moment(now_ms), replica_id, model, version, uuid.uuid4().hex, *flat)
-        claimed = await asyncio.gather(*(self._claimed(codec.running_task(row), payload) for row, payload in rows))
+        claimed = await all_of(self._claimed(codec.running_task(row), payload) for row, payload in rows)
         return [one for one in claimed if one is not None]
 
     async def _claimed(self, task: RunningTask, payload: bytes | None) -> Claimed | None:

@@ -253,8 +253,10 @@ class Clients:
         await self._post(task, random.Random(task.task_id))
 
     async def _cancel(self, task: Task, rng: random.Random) -> None:
-        """Cancel in mid-stream, until a replica says that it did."""
+        """Cancel in mid-stream, until a replica says that it did. One that was asked may have done it and been cut off,
+        and a failover may have undone the task when the next one is asked."""
         assert self._session is not None
+        await self.ledger.write({"k": "cancel", "task": task.task_id, "status": "asked"})
         while True:
             replica = rng.randrange(len(self.urls))
             url = f"{self.urls[replica]}/v2/tasks/{task.task_id}/cancel"
