@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from worker.engine.machine import cores, default_threads
+from worker.engine.machine import cores, default_threads, settle_threads
 
 if TYPE_CHECKING:
     from worker.engine.contenders import Contender, Job, Run
@@ -86,8 +86,7 @@ def main(argv: list[str]) -> int:
     """Measure, print a table and a JSON line. Returns the exit code."""
     args = parse(argv)
     threads = args.threads or default_threads(cores(), 1)
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine process does
+    settle_threads(threads, os.environ)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 

@@ -18,6 +18,7 @@ from worker.engine.cpu_layers import PADDINGS, RowPadding, prepare_for_cpu
 from worker.engine.exactness import forward_is_exact
 from worker.engine.experts import EXPERTS_NAME, register_experts
 from worker.engine.kv_cache import KVCache, KVShape
+from worker.engine.lean_decoder import lean_decoder
 from worker.engine.lean_layer import make_lean
 from worker.engine.loader import LoadedModel, LoadError, load_model
 from worker.engine.loop import Channel, EngineLoop
@@ -26,12 +27,17 @@ from worker.engine.model_runner import ATTENTION_NAME, ModelRunner, register_att
 from worker.engine.protocol import EngineCapabilities, EngineReady
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
+from worker.engine.thread_choice import ThreadChoice, thread_numbers
 
 logger = logging.getLogger("llorch.engine")
 
 CPU_BLOCK_TOKENS = 16
 DEFAULT_SLOTS = {"cpu": 16, "mps": 16, "cuda": 64}
 DEFAULT_BATCH_TOKENS = {"cpu": 256, "mps": 512, "cuda": 4096}
+SMALL_MODEL_PARAMETERS = 10**8
+SMALL_MODEL_BATCH_TOKENS = 512
+"""On a CPU, for models of fewer parameters than that: what surrounds their matrix products is spread over more tokens,
+and a step still takes a fraction of a second."""
 GPU_KV_SHARE = 0.9
 """Share of the device's memory that weights, activations and cache may take together."""
 
@@ -76,10 +82,10 @@ def build_engine(
         attention_name=ATTENTION_NAME,
         experts_name=EXPERTS_NAME,
     )
-    padding = _prepare(loaded, device)
+    padding, lean_layers = _prepare(loaded, device)
     progress("measuring", 0.5)
     slots = options.slots or DEFAULT_SLOTS[device.type]
-    batch_tokens = max(options.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type], slots)
+    batch_tokens = max(options.max_batch_tokens or _batch_tokens(loaded, device), slots)
     limit = min(loaded.max_positions, options.max_model_len or loaded.max_positions)
     shape = kv_shape(loaded)
     backend = choose_attention(options.attention, loaded.model.config.num_attention_heads, shape, device)
@@ -88,10 +94,9 @@ def build_engine(
     context_length = min(limit, num_blocks * block_tokens)
     cache = _allocate(shape, num_blocks, block_tokens, device)
     attention = backend.build(cache, context_length)
-    runner = ModelRunner(loaded.model, cache, attention, padding)
-    exact = (
-        forward_is_exact(runner, cache, loaded.vocab_size, context_length) if _may_be_exact(loaded, options) else False
-    )
+    lean = lean_decoder(loaded.model, context_length) if lean_layers else None
+    runner = ModelRunner(loaded.model, cache, attention, padding, lean)
+    exact = _choose_threads(runner, cache, loaded, context_length, may_be_exact=_may_be_exact(loaded, options))
     if options.deterministic and not exact:
         raise LoadError(
             "NOT_DETERMINISTIC",
@@ -150,17 +155,40 @@ def kv_shape(loaded: LoadedModel) -> KVShape:
     return KVShape(config.num_hidden_layers, config.num_key_value_heads, head_dim, loaded.dtype)
 
 
-def _prepare(loaded: LoadedModel, device: torch.device) -> RowPadding:
+def _prepare(loaded: LoadedModel, device: torch.device) -> tuple[RowPadding, int]:
+    """Make a float32 model quick on a CPU; the padding that its rows need, and how many of its layers became lean."""
     if device.type == "cpu" and loaded.dtype is torch.float32:
         config = loaded.model.config
         padding = prepare_for_cpu(loaded.model, getattr(config, "hidden_act", None) or config.hidden_activation)
-        make_lean(loaded.model)
-        return padding
-    return PADDINGS[-1] if device.type == "cpu" else RowPadding(1, 1)
+        return padding, make_lean(loaded.model)
+    return (PADDINGS[-1] if device.type == "cpu" else RowPadding(1, 1)), 0
+
+
+def _choose_threads(
+    runner: ModelRunner, cache: KVCache, loaded: LoadedModel, context_length: int, *, may_be_exact: bool
+) -> bool:
+    """Let steps differ in their number of CPU threads, unless that would cost the label `exact`; whether it holds."""
+    numbers = thread_numbers(torch.get_num_threads()) if cache.pool.device.type == "cpu" else ()
+    size = loaded.vocab_size, context_length
+    exact = may_be_exact and forward_is_exact(runner, cache, *size, numbers)
+    if may_be_exact and not exact and len(numbers) > 1:
+        logger.info("every step takes %d threads: with fewer, numbers would differ", numbers[0])
+        numbers = numbers[:1]
+        exact = forward_is_exact(runner, cache, *size)
+    if numbers:
+        runner.threads = ThreadChoice(numbers)
+    return exact
 
 
 def _may_be_exact(loaded: LoadedModel, options: EngineOptions) -> bool:
     return options.deterministic or loaded.dtype is torch.float32
+
+
+def _batch_tokens(loaded: LoadedModel, device: torch.device) -> int:
+    parameters = sum(weight.numel() for weight in loaded.model.parameters())
+    if device.type == "cpu" and parameters < SMALL_MODEL_PARAMETERS:
+        return SMALL_MODEL_BATCH_TOKENS
+    return DEFAULT_BATCH_TOKENS[device.type]
 
 
 def _num_blocks(

@@ -27,7 +27,7 @@ logger = logging.getLogger("llorch.engine")
 
 _ROWS_HINT = 8
 _TRIED_ROWS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 34, 40, 44, 62, 64)
-_PACKED_FROM = 2**19
+_PACKED_FROM = 2**18
 """Weights of fewer numbers stay with torch's plain product: oneDNN takes 15 microseconds to begin, several times that
 between other work, when its code has left the cache."""
 

@@ -18,10 +18,13 @@ from worker.engine.sequence import Sequence
 _LENGTHS = (75, 40, 9, 23)
 
 
-def forward_is_exact(runner: ModelRunner, cache: KVCache, vocab_size: int, context_length: int) -> bool:
+def forward_is_exact(
+    runner: ModelRunner, cache: KVCache, vocab_size: int, context_length: int, thread_numbers: tuple[int, ...] = ()
+) -> bool:
     """True if last-token logits agree bit by bit: alone in one piece, in chunks, token by token, and in company.
 
-    Uses the first and last blocks of the (still empty) cache and leaves harmless numbers in them.
+    With `thread_numbers`, also between these numbers of threads; afterwards the number is what it was. Uses the first
+    and last blocks of the (still empty) cache and leaves harmless numbers in them.
     """
     draw = random.Random(0)
     lengths = [length for length in _LENGTHS if length < context_length]
@@ -34,19 +37,34 @@ def forward_is_exact(runner: ModelRunner, cache: KVCache, vocab_size: int, conte
         _sequence([draw.randrange(vocab_size) for _ in range(length)], range(i * per_sequence, (i + 1) * per_sequence))
         for i, length in enumerate(lengths)
     ]
-    alone = [_last(runner, [(s, 0, s.num_tokens)], 0) for s in sequences]
+    before = torch.get_num_threads()
+    expected: list[torch.Tensor] | None = None
+    try:
+        for number in thread_numbers or (before,):
+            torch.set_num_threads(number)
+            alone = [_last(runner, [(s, 0, s.num_tokens)], 0) for s in sequences]
+            expected = expected or alone
+            if not all(map(torch.equal, alone, expected)) or not _on_every_way(runner, sequences, expected):
+                return False
+    finally:
+        torch.set_num_threads(before)
+    return True
+
+
+def _on_every_way(runner: ModelRunner, sequences: list[Sequence], expected: list[torch.Tensor]) -> bool:
+    """Whether each sequence's logits are the `expected` ones in company, in chunks and token by token."""
     together = [(s, 0, s.num_tokens) for s in sequences]
-    if any(not torch.equal(_last(runner, together, i), alone[i]) for i in range(len(sequences))):
+    if any(not torch.equal(_last(runner, together, i), expected[i]) for i in range(len(sequences))):
         return False
     first = sequences[0]
     _last(runner, [(first, 0, first.num_tokens // 2)], 0)
     _last(runner, [(first, first.num_tokens // 2, first.num_tokens - 4 - first.num_tokens // 2)], 0)
     for position in range(first.num_tokens - 4, first.num_tokens - 1):
         _last(runner, [(first, position, 1), *((s, 0, s.num_tokens) for s in sequences[1:])], 0)
-    if not torch.equal(_last(runner, [(first, first.num_tokens - 1, 1)], 0), alone[0]):
+    if not torch.equal(_last(runner, [(first, first.num_tokens - 1, 1)], 0), expected[0]):
         return False
     rest = [(s, s.num_tokens - 1, 1) for s in sequences]
-    return all(torch.equal(_last(runner, rest, i), alone[i]) for i in range(len(sequences)))
+    return all(torch.equal(_last(runner, rest, i), expected[i]) for i in range(len(sequences)))
 
 
 def _sequence(tokens: list[int], blocks: range) -> Sequence:

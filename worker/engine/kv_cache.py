@@ -50,7 +50,13 @@ class KVCache:
     def rows(self, blocks: list[int], start: int, count: int) -> list[int]:
         """Rows of the tokens [start, start + count) of a sequence that holds `blocks`."""
         size = self.block_tokens
-        return [blocks[index // size] * size + index % size for index in range(start, start + count)]
+        if count == 1:
+            return [blocks[start // size] * size + start % size]
+        first = start // size
+        held = blocks[first : (start + count - 1) // size + 1]
+        rows = [row for block in held for row in range(block * size, (block + 1) * size)]
+        offset = start - first * size
+        return rows[offset : offset + count]
 
     def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values, each [1, kv heads, tokens, head size], in `rows` [tokens]."""

@@ -27,10 +27,15 @@ class RopeTables:
     def of(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables for what the model made for a pass, [1, rows, size] each."""
         if cos is not self._given:
-            half = sin.shape[-1] // 2
-            self._given, self._cos = cos, cos[0].unsqueeze(1)
-            self._sin = torch.cat((sin[0, :, :half].neg(), sin[0, :, half:]), dim=-1).unsqueeze(1)
+            self._given = cos
+            self._cos, self._sin = signed_tables(cos, sin)
         return self._cos, self._sin
+
+
+def signed_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the model's [1, rows, size] each to [rows, 1, size] each, the first half of every sine negated."""
+    half = sin.shape[-1] // 2
+    return cos[0].unsqueeze(1), torch.cat((sin[0, :, :half].neg(), sin[0, :, half:]), dim=-1).unsqueeze(1)
 
 
 class LeanLayer(nn.Module):
@@ -72,12 +77,18 @@ class LeanLayer(nn.Module):
         packed_plan: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[1, rows, hidden size] → the same."""
+        """[1, rows, hidden size] → the same; called as transformers calls a layer."""
+        return self.step(hidden_states, *self._rope.of(*position_embeddings), packed_attention, packed_plan)
+
+    def step(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Any, plan: Any
+    ) -> torch.Tensor:
+        """[1, rows, hidden size] → the same, with the tables of `signed_tables`."""
         first_norm, second_norm = self._norms
-        rows = hidden_states.shape[1]
-        query, keys, values = self._rotated(self._qkv(first_norm(hidden_states)), rows, *position_embeddings)
-        out = packed_attention.attend(packed_plan, self._index, query, keys, values, self._scale, self._window)
-        hidden = hidden_states + self._o(out.reshape(1, rows, self._heads * self.head_dim))
+        rows = hidden.shape[1]
+        query, keys, values = self._rotated(self._qkv(first_norm(hidden)), rows, cos, sin)
+        out = attention.attend(plan, self._index, query, keys, values, self._scale, self._window)
+        hidden = hidden + self._o(out.reshape(1, rows, self._heads * self.head_dim))
         x = second_norm(hidden)
         if self._gate_up is None:
             return hidden + self._mlp(x)
@@ -88,7 +99,6 @@ class LeanLayer(nn.Module):
         self, qkv: torch.Tensor, rows: int, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[1, heads, rows, size] of queries, keys and values; the first two normalised and turned."""
-        cos, sin = self._rope.of(cos, sin)
         heads, half = self._heads, self.head_dim // 2
         each = qkv.view(rows, heads + 2 * self._kv_heads, self.head_dim)
         turned = each[:, : heads + self._kv_heads]
@@ -132,7 +142,7 @@ def _lean_layer(layer: nn.Module, rope: RopeTables, config: Any) -> LeanLayer | 
     asked: list[tuple[Any, ...]] = []
     results: list[torch.Tensor] = []
     for module in (layer, lean):
-        stub = _StubAttention(asked)
+        stub = MixingAttention(asked)
         with torch.inference_mode():
             out = module(
                 hidden, attention_mask=None, position_embeddings=angles, packed_attention=stub, packed_plan=None
@@ -142,8 +152,8 @@ def _lean_layer(layer: nn.Module, rope: RopeTables, config: Any) -> LeanLayer | 
     return lean if same else None
 
 
-class _StubAttention:
-    """Mixes queries, keys and values in a way that shows any difference, and remembers what it was asked."""
+class MixingAttention:
+    """For trials: mixes queries, keys and values so that any difference shows, and remembers what it was asked."""
 
     def __init__(self, asked: list[tuple[Any, ...]]) -> None:
         self._asked = asked

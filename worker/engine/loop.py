@@ -171,8 +171,9 @@ class EngineLoop:
     def _run(self, chunks: list[Chunk]) -> None:
         logits, bad = self._runner.forward(chunks)
         healthy = [chunk for index, chunk in enumerate(chunks) if index not in bad]
-        rows = [row for row, chunk in enumerate(c for c in chunks if c.samples) if chunk in healthy]
         if bad:
+            asked = [index for index, chunk in enumerate(chunks) if chunk.samples]
+            rows = [row for row, index in enumerate(asked) if index not in bad]
             logits = logits[torch.tensor(rows or [0], device=logits.device)]
         sampling = [chunk.sequence for chunk in healthy if chunk.samples]
         sampled = self._sampler.sample(logits, sampling) if sampling else []

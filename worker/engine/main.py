@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.engine.machine import cores, default_threads
+from worker.engine.machine import cores, default_threads, settle_threads
 
 if TYPE_CHECKING:
     from worker.engine.channel import EngineChannel
@@ -45,10 +45,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     workers = int(os.environ.get("LLORCH_WORKERS_ON_MACHINE", "1") or "1")
     threads = args.threads or default_threads(cores(), workers)
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    # A thread that spins at a barrier takes the core from the thread it waits for, wherever anything else runs on the
-    # machine: with two threads and a busy neighbour a step took 262 ms spinning and 15 ms sleeping.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle_threads(threads, os.environ)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

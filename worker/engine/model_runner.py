@@ -7,6 +7,7 @@ is registered under a name of ours and that gets the step's plan passed through 
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from worker.engine.attention import Attention
 from worker.engine.cpu_layers import RowPadding
 from worker.engine.kv_cache import KVCache
+from worker.engine.lean_decoder import LeanDecoder
 from worker.engine.packed_batch import PackedBatch, pack
 from worker.engine.scheduler import Chunk
+from worker.engine.thread_choice import ThreadChoice
 
 ATTENTION_NAME = "llorch_packed"
 """Neither "flash" nor a `paged|` prefix may stand in it: transformers looks for both inside the name."""
@@ -53,13 +56,23 @@ def _attend(
 class ModelRunner:
     """A model, its cache and its attention. Not thread-safe."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, attention: Attention, padding: RowPadding) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        attention: Attention,
+        padding: RowPadding,
+        lean: LeanDecoder | None = None,
+    ) -> None:
         self._base = cast("torch.nn.Module", model.get_decoder())
+        self._lean = lean
         self._head = cast("torch.nn.Module", model.get_output_embeddings())
         self._cache = cache
         self._attention = attention
         self._padding = padding
         self._device = cache.pool.device
+        self.threads: ThreadChoice | None = None
+        """Chooses each step's number of CPU threads; None leaves it as it is."""
 
     def forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
         """Compute the chunks' keys and values, and logits for those that sample.
@@ -68,6 +81,17 @@ class ModelRunner:
         indices of the chunks whose numbers are not finite: nothing of theirs can be trusted.
         """
         batch = pack(chunks, self._attention.rank, self._padding.missing)
+        if self.threads is None:
+            return self._compute(batch)
+        number = self.threads.pick(batch.num_rows)
+        if number != torch.get_num_threads():
+            torch.set_num_threads(number)
+        started = time.perf_counter()
+        result = self._compute(batch)
+        self.threads.took(batch.num_rows, number, time.perf_counter() - started)
+        return result
+
+    def _compute(self, batch: PackedBatch) -> tuple[torch.Tensor, list[int]]:
         with torch.inference_mode():
             hidden = self._hidden(batch)
             bad = self._bad_spans(hidden, batch)
@@ -77,6 +101,8 @@ class ModelRunner:
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         plan = self._attention.plan(batch)
+        if self._lean is not None:
+            return self._lean(batch.token_ids, batch.positions, self._attention, plan)
         output = self._base(
             input_ids=torch.tensor([batch.token_ids], device=self._device),
             position_ids=torch.tensor([batch.positions], device=self._device),
