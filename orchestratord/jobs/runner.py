@@ -44,6 +44,8 @@ QUEUE = "arq:llorch"
 JOB_TIMEOUT_S = 15
 POLL_S = 0.5
 WEBHOOK_POLL_S = 1.0
+RETENTION_AT = (0, 30)
+"""Seconds of each minute."""
 SWEEP_BUDGET_S = 9.0
 """Below the jobs' timeout, whose length a killed replica's webhook waits for. What is left over is the next sweep's."""
 SWEEP_PLACE = "arq:llorch:sweep-place"
@@ -108,7 +110,7 @@ class Jobs:
         return Worker(
             [func(self._deliver, name="deliver")],
             cron_jobs=[
-                cron(self._retain, name="retention", second={0, 30}),
+                cron(self._retain, name="retention", second=set(RETENTION_AT)),
                 cron(self._sweep, name="sweep", minute=set(range(0, 60, 5)), second=15),
             ],
             redis_pool=redis,

@@ -148,10 +148,10 @@ class ReadStore(StoreBase):
             if len(entries) < _LOG_CHUNK:
                 return tuple(ids)
 
-    async def finished(self, before_ms: int, *, limit: int = 500) -> list[str]:
-        """Ids of tasks that ended at or before a time, oldest first."""
+    async def finished(self, before_ms: int, *, limit: int = 500, skip: int = 0) -> list[str]:
+        """Ids of tasks that ended at or before a time, oldest first, without the first `skip`."""
         client = self._connection.client
         ids: list[bytes] = await self._connection.call(
-            lambda: client.zrangebyscore(key("done"), "-inf", before_ms, start=0, num=limit)
+            lambda: client.zrangebyscore(key("done"), "-inf", before_ms, start=skip, num=limit)
         )
         return [task_id.decode() for task_id in ids]

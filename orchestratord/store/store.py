@@ -241,7 +241,8 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
         )
 
     async def delete_task(self, task_id: str) -> bool:
-        """Forgets a task that has ended, its log and its idempotency record. False when it isn't there or lives."""
+        """Forgets a task that has ended, its log and its idempotency record. False when it isn't there, lives, or has a
+        webhook that is still to be delivered."""
         return await self.delete_tasks([task_id]) == 1
 
     async def delete_tasks(self, task_ids: Sequence[str]) -> int:

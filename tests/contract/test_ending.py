@@ -283,3 +283,13 @@ async def test_deleting(store: Store) -> None:
     assert await store.task("a", None) is None and await store.log_bounds("a") is None
     assert await store.finished(T + 10**6) == []
     assert await store.list_tasks("acme") == ([], None)
+
+
+async def test_a_task_stays_until_its_webhook_is_settled(store: Store) -> None:
+    for name in ("tells", "quiet"):
+        await running(store, name, callback_url="https://example.org/hook" if name == "tells" else None)
+        await store.complete(name, 1, end(), now_ms=T)
+    assert await store.delete_tasks(["tells", "quiet", "nobody"]) == 1
+    assert await store.finished(T, skip=0) == ["tells"] and await store.finished(T, skip=1) == []
+    await store.finish_webhook("tells")
+    assert await store.delete_tasks(["tells"]) == 1
