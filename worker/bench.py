@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measure, print a table and a JSON line. Returns the exit code."""
     args = parse(argv)
-    threads = args.threads or default_threads(cores(), 1)
+    threads = args.threads or default_threads(cores())
     settle_threads(threads, os.environ)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch

@@ -20,14 +20,13 @@ def cores() -> int:
     return max(1, count)
 
 
-def default_threads(cores_available: int, workers: int) -> int:
-    """Threads for one of `workers` engines: its share of the cores, rounded down to a power of two.
+def default_threads(cores_available: int) -> int:
+    """Most threads for an engine: the cores, rounded down to a power of two (see thread_choice for what a step gets).
 
     A power of two, because elementwise work is split evenly between threads and a split inside a vector register
     would let the number of rows decide how a number is rounded.
     """
-    share = max(1, cores_available // max(1, workers))
-    return 1 << (share.bit_length() - 1)
+    return 1 << (max(1, cores_available).bit_length() - 1)
 
 
 def settle_threads(threads: int, environment: MutableMapping[str, str]) -> None:

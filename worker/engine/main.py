@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-memory", type=_at_least(0), default=0, metavar="BYTES", help="0: measured")
     parser.add_argument("--attention", default="auto", help="auto, or one by name and no other")
     parser.add_argument("--max-batch-tokens", type=_at_least(0), default=0, help="tokens in one step; 0: by device")
-    parser.add_argument("--threads", type=_at_least(0), default=0, help="CPU threads; 0: a fair share of the cores")
+    parser.add_argument("--threads", type=_at_least(0), default=0, help="most CPU threads of a step; 0: all cores")
     parser.add_argument("--deterministic", action="store_true", help="start only if results don't depend on the batch")
     parser.add_argument("--no-prefix-cache", action="store_true")
     return parser.parse_args(argv)
@@ -43,8 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Load, report, serve. Returns the exit code."""
     args = parse(argv)
-    workers = int(os.environ.get("LLORCH_WORKERS_ON_MACHINE", "1") or "1")
-    threads = args.threads or default_threads(cores(), workers)
+    threads = args.threads or default_threads(cores())
     settle_threads(threads, os.environ)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
