@@ -53,7 +53,10 @@ def drain(
     deadline: Annotated[float, typer.Option("--deadline", min=0, help="Seconds for running tasks to end.")] = 30.0,
     url: UrlOption = None,
 ) -> None:
-    """Give workers no new tasks; what still runs at the deadline goes on elsewhere. Remembered until `undrain`."""
+    """Give workers no new tasks, until `undrain`.
+
+    What still runs at the deadline goes on elsewhere.
+    """
     body = {"deadline_ms": round(deadline * 1000)}
     _each(worker, connect(url), "drain", body, f"takes no new tasks; running ones have {duration(deadline * 1000)}")
 

@@ -12,16 +12,24 @@ from functools import partial
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from llorch_pool.context import Context
-from llorch_pool.errors import PoolError
+from llorch_pool.errors import PoolError, usage_error
 from llorch_wire import pool as wire
 
 _Output = Annotated[str, typer.Option("--output", "-o", help="table, tsv, json, jsonl or name.", show_default=False)]
 _Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
 _Timeout = Annotated[float, typer.Option("--timeout", help="Give up after this many seconds.", min=0.1)]
+_Name = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, as `model list` shows it.")]
 _FORMATS = ("table", "tsv", "json", "jsonl", "name")
-_group = partial(typer.Typer, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+_group = partial(
+    typer.Typer,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 app = _group(name="llorch-pool", help="Models, workers and devices of this machine.")
 model = _group(help="Models on this machine.")
@@ -37,7 +45,31 @@ app.add_typer(device, name="devices", hidden=True)
 
 def run() -> None:
     """Entry point; exits with the command's code."""
-    app()
+    try:
+        code = get_command(app).main(sys.argv[1:], prog_name="llorch-pool", standalone_mode=False)
+    except typer.TyperException as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", "llorch-pool")
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message, file=sys.stderr)
+        else:
+            _say_error(message[:1].lower() + message[1:].rstrip("."), f"{path} --help")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(wire.RC_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_error(message: str, next_step: str, detail: str = "") -> None:
+    """As `llorch` says it."""
+    from llorch_pool.render import use_color
+
+    mark = "\x1b[31merror:\x1b[0m" if use_color(sys.stderr) else "error:"
+    print(f"{mark} {message}", file=sys.stderr)
+    for line in detail.splitlines():
+        print(f"  {line}", file=sys.stderr)
+    if next_step:
+        print(f"next:  {next_step}", file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:
@@ -72,7 +104,7 @@ def _run(command: wire.AnyCommand, output: str, as_json: bool, timeout_s: float 
     rc = 0
     try:
         if form not in _FORMATS:
-            raise PoolError(f"--output {form!r} is not one of {', '.join(_FORMATS)}", rc=wire.RC_USAGE)
+            raise usage_error(f"--output {form!r} is not one of {', '.join(_FORMATS)}", "Leave it out, or give --json.")
         value = execute(context, command)
         reporter.close()
         render.emit(value, form)
@@ -82,11 +114,7 @@ def _run(command: wire.AnyCommand, output: str, as_json: bool, timeout_s: float 
     except PoolError as error:
         reporter.close()
         rc = error.rc
-        for line in error.detail.splitlines():
-            print(f"  {line}", file=sys.stderr)
-        print(f"llorch-pool: {error.message}", file=sys.stderr)
-        if error.next_step:
-            print(error.next_step, file=sys.stderr)
+        _say_error(error.message, error.next_step, error.detail)
     sys.stderr.flush()
     # Threads that still wait for a dead socket must not hold the process.
     os._exit(rc)
@@ -94,7 +122,9 @@ def _run(command: wire.AnyCommand, output: str, as_json: bool, timeout_s: float 
 
 @model.command("download")
 def model_download(
-    ref: Annotated[str, typer.Argument(help="hf:org/name[@revision], file:/abs/path, or an alias such as demo.")],
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="hf:org/name[@revision], file:/abs/path, or an alias such as demo.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name to keep and serve it under.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Only use what is here.")] = False,
     output: _Output = "",
@@ -112,20 +142,20 @@ def model_list(output: _Output = "", json: _Json = False) -> None:
 
 
 @model.command("show")
-def model_show(name: str, output: _Output = "json", json: _Json = False) -> None:
+def model_show(name: _Name, output: _Output = "json", json: _Json = False) -> None:
     """Show one model with its files and digests."""
     _run(wire.ModelShow(name=name), output, json, 60)
 
 
 @model.command("verify")
-def model_verify(name: str, output: _Output = "", json: _Json = False, timeout: _Timeout = 3600.0) -> None:
-    """Read every byte of a model again and compare it with what was recorded."""
+def model_verify(name: _Name, output: _Output = "", json: _Json = False, timeout: _Timeout = 3600.0) -> None:
+    """Read every byte of a model again and compare its digests."""
     _run(wire.ModelVerify(name=name), output, json, timeout)
 
 
 @model.command("remove")
 def model_remove(
-    name: str,
+    name: _Name,
     force: Annotated[bool, typer.Option("--force", help="Even if a worker uses it or it is damaged.")] = False,
     output: _Output = "name",
     json: _Json = False,
@@ -187,7 +217,7 @@ def worker_list(output: _Output = "", json: _Json = False) -> None:
 
 @worker.command("stop")
 def worker_stop(
-    worker_ids: Annotated[list[str], typer.Argument(help="Workers to stop.")],
+    worker_ids: Annotated[list[str], typer.Argument(metavar="WORKER...", help="Workers to stop.")],
     grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Also one that `llorch up` would start again.")] = False,
     output: _Output = "",
@@ -210,7 +240,7 @@ def worker_stop_all(
 
 @worker.command("logs")
 def worker_logs(
-    worker_id: str,
+    worker_id: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's id.")],
     lines: Annotated[int, typer.Option("--lines", "-n", help="How many lines from the end.", min=0)] = 100,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended.")] = False,
 ) -> None:
@@ -224,13 +254,13 @@ def worker_cleanup(
     output: _Output = "json",
     json: _Json = False,
 ) -> None:
-    """Remove what dead workers left: entries, key files, stray processes, logs."""
+    """Remove what dead workers left: entries, keys, strays, logs."""
     _run(wire.WorkerCleanup(dry_run=dry_run), output, json, 120)
 
 
 @worker.command("restore")
 def worker_restore(output: _Output = "", json: _Json = False) -> None:
-    """Start the workers again that were spawned with --on-boot and died with a reboot."""
+    """Start workers of --on-boot again that a reboot ended."""
     _run(wire.WorkerRestore(), output, json, None)
 
 
@@ -241,7 +271,7 @@ def device_list(output: _Output = "", json: _Json = False) -> None:
 
 
 @app.command("status")
-def status(output: _Output = "json", json: _Json = False) -> None:
+def status(output: _Output = "", json: _Json = False) -> None:
     """Show everything about this machine in one answer."""
     _run(wire.Status(), output, json, 60)
 

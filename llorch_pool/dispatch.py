@@ -57,7 +57,7 @@ def _model(context: Context, command: wire.AnyCommand) -> Any:
                 raise PoolError(
                     f"{command.name} is damaged",
                     detail="\n".join(report.problems),
-                    next_step=f"`model remove {command.name}` and download it again.",
+                    next_step=f"`llorch-pool model remove --force {command.name}`, then download it again.",
                     code="damaged",
                 )
             return report

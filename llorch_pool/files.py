@@ -50,7 +50,8 @@ def disk_full(path: Path) -> PoolError:
     """The disk that holds `path` is full."""
     return PoolError(
         f"no space left on the disk that holds {path}",
-        next_step="Free space (`llorch-pool model list` shows sizes, `model remove` deletes) and run it again.",
+        next_step="Free space (`llorch-pool model list` shows sizes, `llorch-pool model remove NAME` deletes), "
+        "and run it again.",
         code="disk_full",
     )
 

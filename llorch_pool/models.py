@@ -77,7 +77,7 @@ def _good_enough(context: Context, here: ModelInfo, ref: ModelRef, *, offline: b
     if (have.kind, have.target) != (ref.kind, ref.target):
         raise PoolError(
             f"the name {here.name} is taken here by {here.ref}",
-            next_step="Give this one another name with --name, or remove the other (`model remove`).",
+            next_step="Give this one another name with --name, or remove the other (`llorch-pool model remove NAME`).",
             code="name_taken",
         )
     pinned = bool(ref.revision) and ref.revision in (here.revision, have.revision) and (ref.pinned or offline)
@@ -104,7 +104,7 @@ def take_in(context: Context, source: Source, name: str, wanted_digest: str) -> 
         if here is not None and here.ref != source.ref:
             raise PoolError(
                 f"the name {name} is taken here by {here.ref}",
-                next_step="Remove it first (`model remove`), or copy under another name.",
+                next_step="Remove it first (`llorch-pool model remove NAME`), or copy under another name.",
                 code="name_taken",
             )
         return bring(context, source, name, parallel=1)
@@ -242,7 +242,9 @@ def show(context: Context, name: str) -> ModelInfo:
     info = _find(context, check_name(name, "model", "the model"))
     if info is None:
         there = ", ".join(model.name for model in list_models(context)) or "none"
-        raise usage_error(f"no model {name!r} on this machine (there is: {there})", "`model download` brings one.")
+        raise usage_error(
+            f"no model {name!r} on this machine (there is: {there})", "`llorch-pool model download REF` brings one."
+        )
     return info
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
 from llorch_pool.estimate import gib
-from llorch_wire.pool import Log, Progress
+from llorch_wire.pool import Log, PoolStatus, Progress
 
 COLUMNS: dict[str, list[str]] = {
     "ModelInfo": ["name", "bytes", "dtype", "context_length", "architecture", "ref", "revision"],
@@ -28,7 +29,9 @@ def emit(value: Any, form: str) -> None:
     if value is None:
         return
     rows: Sequence[Any] = value if isinstance(value, list) else [value]
-    if form == "json":
+    if isinstance(value, PoolStatus) and form == "table":
+        _status(value)
+    elif form == "json" or (isinstance(value, PoolStatus) and form == "tsv"):
         print(msgspec.json.format(msgspec.json.encode(value)).decode())
     elif form == "jsonl":
         for row in rows:
@@ -38,6 +41,26 @@ def emit(value: Any, form: str) -> None:
             print(cell(row, _columns(row)[0], people=False))
     elif rows:
         _table(rows, people=form == "table")
+    elif form == "table":
+        print("none", file=sys.stderr)
+
+
+def _status(status: PoolStatus) -> None:
+    """The machine on one screen."""
+    free, total = gib(status.disk_free_bytes), gib(status.disk_total_bytes)
+    print(f"{status.host}: llorch-pool {status.version}, Python {status.python}")
+    print(f"models in {status.models_dir} ({free} of {total} free), workers' files in {status.state_dir}")
+    parts = {"devices": status.devices, "models": status.models, "workers": status.workers, "strays": status.strays}
+    for name, rows in parts.items():
+        if rows or name != "strays":
+            print(f"\n{name}: {'' if rows else 'none'}".rstrip())
+        if rows:
+            _table(rows, people=True)
+
+
+def use_color(stream: TextIO) -> bool:
+    """Whether to colour: a terminal, and neither NO_COLOR (https://no-color.org) nor TERM=dumb is set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _columns(row: Any) -> list[str]:
@@ -64,7 +87,7 @@ def _table(rows: Sequence[Any], *, people: bool) -> None:
         for line in lines:
             print("\t".join(line))
         return
-    header = [column.removesuffix("_bytes").replace("_", " ") for column in columns]
+    header = [column.removesuffix("_bytes").replace("_", " ").upper() for column in columns]
     widths = [max(len(line[at]) for line in [header, *lines]) for at in range(len(columns))]
     for line in [header, *lines]:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

@@ -121,16 +121,22 @@ def remote(pool: Pool, rc: int, failure: Failure | None) -> CliError:
     """What llorch-pool itself answered, with its exit code kept."""
     if failure is None:
         return _named(CliError(f"{pool.name}: failed with status {rc}", next_step="llorch pool doctor"), "failed")
-    text = f"{pool.name}: {failure.message}"
+    text = f"{pool.name}: {_from_afar(failure.message, pool)}"
     if failure.detail:
         text += "\n" + "\n".join(f"  {line}" for line in failure.detail.splitlines())
-    step = failure.next_step or f"llorch pool doctor -p {pool.name}"
+    step = _from_afar(failure.next_step, pool) or f"llorch pool doctor -p {pool.name}"
     if rc == RC_USAGE:
         from llorch.errors import UsageProblem
 
         return _named(UsageProblem(text, next_step=step), failure.code)
     kinds: dict[int, type[CliError]] = {RC_AUTH: AccessProblem, RC_UNREACHABLE: Unreachable, RC_TIMEOUT: TimedOut}
     return _named(kinds.get(rc, CliError)(text, next_step=step), failure.code)
+
+
+def _from_afar(text: str, pool: Pool) -> str:
+    """A pool names commands as they are typed on it; here they are typed with its name."""
+    text = re.sub(r"`llorch-pool ((?:model|worker) [^`]+)`", rf"`llorch \1 -p {pool.name}`", text)
+    return text.replace("`llorch pool bootstrap NAME`", f"`llorch pool bootstrap {pool.name}`")
 
 
 def kind_of(error: CliError) -> str:

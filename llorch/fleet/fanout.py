@@ -66,7 +66,7 @@ def _one(pool: Pool, work: Work[T], live: Live, cancel: threading.Event) -> Outc
     try:
         return Outcome(pool, work(pool, live, cancel))
     except CliError as error:
-        live.set(pool.name, "failed", final=True)
+        live.failed(pool.name)
         return Outcome(pool, error=error)
     except Interrupted:
         return Outcome(pool, error=CliError(f"{pool.name}: interrupted", next_step="run it again"))

@@ -60,6 +60,11 @@ class Live:
                 self._said[name] = (phase, now)
                 print(f"{name}: {clean(text)}", file=self._stream, flush=True)
 
+    def failed(self, name: str) -> None:
+        """Show that a host failed. Why is said at the end; of one host alone that is the next line, and will do."""
+        if len(self._names) > 1:
+            self.set(name, "failed", final=True)
+
     def say(self, name: str, text: str) -> None:
         """A line that stays."""
         with self._lock:

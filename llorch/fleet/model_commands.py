@@ -45,7 +45,9 @@ Name = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, as `
 
 @model_app.command("download")
 def download(
-    ref: Annotated[str, typer.Argument(help="hf:org/name[@revision], file:/abs/path on the pool, or an alias.")],
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="hf:org/name[@revision], file:/abs/path on the pool, or an alias.")
+    ],
     pool: PoolsOption = None,
     everywhere: AllOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name to keep and serve it under.")] = None,
@@ -103,7 +105,7 @@ def verify(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of a model again and compare it with what was recorded."""
+    """Read every byte of a model again and compare its digests."""
     answer(wire.ModelVerify(name=name), VERIFY_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
@@ -135,7 +137,10 @@ def copy(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a model from one pool to others, through this machine; goes on with an interrupted copy."""
+    """Copy a model from one pool to others, through this machine.
+
+    An interrupted copy goes on where it was, and every digest is checked.
+    """
     from llorch.fleet.copy import copy_model
 
     form = chosen(output, as_json)

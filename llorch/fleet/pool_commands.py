@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 pool_app = app("Machines that run workers.")
 
+PoolNames = Annotated[list[str] | None, typer.Argument(metavar="[POOL...]", help="Pools, as with -p.")]
 COLUMNS = (
     Column("POOL", "name"),
     Column("ADDRESS", "address"),
@@ -59,8 +60,10 @@ FINDING_COLUMNS = (
 
 @pool_app.command("add")
 def add(
-    name: Annotated[str, typer.Argument(help="What the pool is to be called.")],
-    address: Annotated[str, typer.Argument(help="[user@]host[:port]; a name from ~/.ssh/config works.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the pool is to be called.")],
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="[user@]host[:port]; a name from ~/.ssh/config works.")
+    ],
     identity: Annotated[str, typer.Option("--identity", "-i", help="Private key file for ssh.")] = "",
     command: Annotated[str, typer.Option("--command", help="How llorch-pool is started there.")] = "llorch-pool",
     orchestrator: Annotated[str, typer.Option("--orchestrator", help="orchestratord's URL as it sees it.")] = "",
@@ -71,7 +74,7 @@ def add(
     replace: Annotated[bool, typer.Option("--replace", help="Change a pool that is known, or its host key.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Add a machine: shows its host key's fingerprint, pins the key, and tries the connection."""
+    """Add a machine: show and pin its host key, try the connection."""
     from llorch.fleet.pools import Pool, check_pool_name, parse_address
 
     registry = open_registry()
@@ -156,13 +159,13 @@ def list_pools(output: OutputOption = None, as_json: JsonOption = False) -> None
 
 @pool_app.command("remove")
 def remove(
-    name: Annotated[str, typer.Argument(help="The pool to forget.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The pool to forget.")],
     yes: Yes = False,
 ) -> None:
     """Forget a pool and its host key. Nothing is changed on the machine."""
     registry = open_registry()
     pool = registry.get(name)
-    confirm(f"forget {name} ({pool.address})? Its workers go on", yes=yes)
+    confirm(f"forget {name} ({pool.address})? Its workers go on.", yes=yes)
     from llorch.fleet import ssh
 
     ssh.close_master(pool, registry)
@@ -172,6 +175,7 @@ def remove(
 
 @pool_app.command("devices")
 def devices(
+    names: PoolNames = None,
     pool: PoolsOption = None,
     everywhere: AllOption = False,
     timeout: Annotated[float, TimeoutOption()] = 30.0,
@@ -179,11 +183,14 @@ def devices(
     as_json: JsonOption = False,
 ) -> None:
     """List the devices of pools with free and promised memory."""
-    answer(wire.DeviceList(), DEVICE_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
+    answer(
+        wire.DeviceList(), DEVICE_COLUMNS, Asked([*(names or []), *(pool or [])], everywhere, timeout, output, as_json)
+    )
 
 
 @pool_app.command("doctor")
 def doctor(
+    names: PoolNames = None,
     pool: PoolsOption = None,
     everywhere: AllOption = False,
     fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without harm.")] = False,
@@ -192,7 +199,11 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check machines: libraries, disk, devices, models, workers. Exit code 1 when something is wrong."""
-    answers = answer(wire.Doctor(fix=fix), FINDING_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
+    answers = answer(
+        wire.Doctor(fix=fix),
+        FINDING_COLUMNS,
+        Asked([*(names or []), *(pool or [])], everywhere, timeout, output, as_json),
+    )
     found: list[wire.Finding] = [finding for findings in answers for finding in findings]
     if any(finding.level == "error" and not finding.fixed for finding in found):
         raise typer.Exit(1)
@@ -200,7 +211,8 @@ def doctor(
 
 @pool_app.command("bootstrap")
 def bootstrap(
-    pool: Annotated[list[str] | None, typer.Argument(metavar="POOL...", help="Pools; with --all every one.")] = None,
+    names: PoolNames = None,
+    pool: PoolsOption = None,
     everywhere: AllOption = False,
     source: Annotated[
         str, typer.Option("--source", help="auto, index (the pool downloads) or carry (this machine does).")
@@ -223,7 +235,10 @@ def bootstrap(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Install a matching llorch-pool on machines that have nothing but ssh. Needs no root there."""
+    """Install a matching llorch-pool over ssh; no root is needed.
+
+    The machines need nothing but ssh: what is missing (Python, torch) is brought or downloaded, and said before.
+    """
     from llorch.fleet.bootstrap import COLUMNS as BOOTSTRAP_COLUMNS
     from llorch.fleet.bootstrap import bootstrap_pools
     from llorch.fleet.bootstrap_plan import Options
@@ -239,6 +254,6 @@ def bootstrap(
         system_packages=system_packages,
         python=python,
     )
-    pools = registry.chosen(pool or [], everywhere)
+    pools = registry.chosen([*(names or []), *(pool or [])], everywhere)
     outcomes = bootstrap_pools(registry, pools, options, dry_run=dry_run, yes=yes, timeout_s=timeout)
     show(outcomes, BOOTSTRAP_COLUMNS, form)

@@ -102,7 +102,9 @@ class Pools:
         if not pools:
             raise UsageProblem("no pool is known yet", next_step="llorch pool add NAME user@host")
         if not everything and len(pools) > 1:
-            raise UsageProblem(f"which pool? There is: {', '.join(sorted(pools))}", next_step="give -p NAME, or --all")
+            raise UsageProblem(
+                f"which pool? There is: {', '.join(sorted(pools))}", next_step="name one with -p, or give --all"
+            )
         return [pools[name] for name in sorted(pools)]
 
     def put(self, pool: Pool) -> None:

@@ -131,7 +131,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         from llorch.errors import UsageProblem
 
-        raise UsageProblem(f"{question}: nobody is there to answer", next_step="give -y to go ahead")
+        raise UsageProblem(f"{question} Nobody is there to answer", next_step="give -y to go ahead")
     # Not typer.confirm: it makes Ctrl-C look like a "no", and this has exit code 130.
     print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -63,7 +63,10 @@ Grace = Annotated[float, typer.Option("--grace", min=0, max=3600, help="Seconds 
 
 @worker_app.command("spawn")
 def spawn(  # one parameter for each option
-    model: Annotated[str, typer.Argument(help="Name of a model on the pool, or a reference (it is downloaded first).")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Name of a model on the pool, or a reference (it is downloaded first)."),
+    ],
     pool: PoolsOption = None,
     everywhere: AllOption = False,
     orchestrator: Annotated[
@@ -155,12 +158,17 @@ def list_workers(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List workers: with -p or --all as the pools find them, otherwise as orchestratord knows them."""
+    """List workers as orchestratord knows them; with -p, as pools do.
+
+    What a pool says (-p, --all) is what runs there now; orchestratord says who can be given tasks.
+    """
     if not pool and not everywhere:
         from llorch.workers_http import list_workers as over_http
 
         over_http(state=state, url=url, output=output, as_json=as_json)
         return
+    if state is not None and state not in (states := get_args(wire.WorkerState)):
+        raise UsageProblem(f"no state {state!r} on pools", next_step=f"one of: {', '.join(sorted(states))}")
     asked = Asked(pool, everywhere, timeout, output, as_json)
     answer(wire.WorkerList(), COLUMNS, asked, lambda worker: state in (None, worker.state))
 
@@ -262,7 +270,7 @@ def cleanup(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what dead workers left on pools: entries, key files, stray processes, logs."""
+    """Remove what dead workers left: entries, keys, strays, logs."""
     answer(wire.WorkerCleanup(dry_run=dry_run), CLEANUP_COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 
 
@@ -274,5 +282,5 @@ def restore(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Start the workers again that were spawned with --on-boot and died with a reboot."""
+    """Start workers of --on-boot again that a reboot ended."""
     answer(wire.WorkerRestore(), COLUMNS, Asked(pool, everywhere, timeout, output, as_json))

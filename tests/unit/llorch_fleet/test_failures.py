@@ -62,3 +62,9 @@ def test_what_the_pool_says_keeps_its_exit_code() -> None:
     for rc, code in ((1, 1), (2, 2), (4, 4), (5, 5), (124, 124)):
         error = failures.remote(POOL, rc, Failure(code="x", message="no", next_step="do", detail="a\nb"))
         assert error.exit_code == code and error.message == "gpu1: no\n  a\n  b" and error.next_step == "do"
+
+
+def test_a_pools_next_step_is_one_that_can_be_typed_here() -> None:
+    step = "Stop them (`llorch-pool worker stop w1`), or `llorch pool bootstrap NAME`."
+    error = failures.remote(POOL, 1, Failure(code="x", message="no", next_step=step))
+    assert error.next_step == "Stop them (`llorch worker stop w1 -p gpu1`), or `llorch pool bootstrap gpu1`."
