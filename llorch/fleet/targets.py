@@ -134,7 +134,10 @@ def confirm(question: str, *, yes: bool) -> None:
         raise UsageProblem(f"{question} Nobody is there to answer", next_step="give -y to go ahead")
     # Not typer.confirm: it makes Ctrl-C look like a "no", and this has exit code 130.
     print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    answered = sys.stdin.readline()
+    if not answered:
+        print(file=sys.stderr)  # the end of input leaves the cursor behind the question
+    if answered.strip().lower() not in ("y", "yes"):
         raise typer.Abort
 
 
