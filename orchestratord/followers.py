@@ -114,13 +114,13 @@ class Followers:
 
     async def follow(self, task_id: str, tenant: str | None, after: str | None) -> AsyncGenerator[list[StreamItem]]:
         """See Orchestrator.follow."""
-        cursor, last, sealed = await self._open(task_id, tenant, after)
+        cursor, last, sealed, waits = await self._open(task_id, tenant, after)
         if sealed:
             end = parse_position(last)
             async for items in self._history(task_id, cursor, lambda: end):
                 yield items
             return
-        follower = self._join(task_id, last)
+        follower = self._join(task_id, last, waits)
         try:
             async for items in self._history(task_id, cursor, lambda: follower.floor):
                 yield items
@@ -133,8 +133,9 @@ class Followers:
         finally:
             self._leave(follower)
 
-    async def _open(self, task_id: str, tenant: str | None, after: str | None) -> tuple[Cursor, str, bool]:
-        """The reader's cursor, the log's present last position, and whether it is sealed."""
+    async def _open(self, task_id: str, tenant: str | None, after: str | None) -> tuple[Cursor, str, bool, bool]:
+        """The reader's cursor, the log's present last position, whether it is sealed, and whether the task has not
+        started yet."""
         store = self._house.store
         record, bounds = await both(store.task(task_id, tenant), store.log_bounds(task_id))
         if record is None:
@@ -146,15 +147,17 @@ class Followers:
         first, last, sealed = bounds
         if sealed and record.finished_at_ms is None:  # it ended between the two reads
             record = await store.task(task_id, tenant) or record
-        return open_cursor(after, first, last, sealed, record.usage.tokens_out), last, sealed
+        waits = record.status == "queued" and parse_position(last)[0] == 0
+        return open_cursor(after, first, last, sealed, record.usage.tokens_out), last, sealed, waits
 
-    def _join(self, task_id: str, last: str) -> Follower:
+    def _join(self, task_id: str, last: str, waits: bool) -> Follower:
         """The task's follower with this reader counted; a new one begins at the log's present end."""
         follower = self._followers.get(task_id)
         if follower is None or follower.undone:
             attempt, number = parse_position(last)
             follower = Follower(task_id, Cursor((attempt, number), number if attempt else None), self._now())
             follower.relayed_here = self._house.relays.has(task_id)
+            follower.queue_position = 0 if waits else None  # the first tick tells where, and when it will start
             self._followers[task_id] = follower
             self._subscriptions_changed.set()
             self.kick(task_id)

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from llorch_wire.events import MigratedEvent, StartedEvent
+from orchestratord.store.keys import key
 from orchestratord.store.store import Store
 from orchestratord.store.types import Assignment, PlacementSpec
 from tests.contract.values import (
@@ -271,3 +272,21 @@ async def test_a_snapshot_of_many_queues_is_bounded(store: Store) -> None:
 async def test_an_empty_model_has_an_empty_snapshot(store: Store) -> None:
     snapshot = await store.snapshot("nothing", now_ms=T)
     assert (snapshot.version, snapshot.waiting, snapshot.workers, snapshot.now_ms) == (0, (), (), T)
+
+
+async def test_the_prefix_index_has_a_bound_and_forgets_the_longest_unused(store: Store) -> None:
+    for number in range(6):
+        await worker(store, f"w{number}", slots_total=64)
+    for number in range(45):
+        await admit(store, f"t{number}", prefix_hashes=tuple(f"p{number}-{piece}" for piece in range(200)))
+        await claim(store, f"t{number}", now_ms=T + number)
+    client = store._connection.client  # pyright: ignore[reportPrivateUsage]
+    assert await client.hlen(key("prefix", MODEL)) == await client.zcard(key("prefix-age", MODEL)) == 8192
+    await admit(store, "again", prefix_hashes=("p0-0", "p44-0", "p44-199"))
+    known = (await store.snapshot(MODEL, now_ms=T)).prefix_workers
+    assert known == {"p44-0": ("w1",), "p44-199": ("w1",)}, "the first were forgotten"
+    for number in range(6):
+        await admit(store, f"more{number}", prefix_hashes=("shared",))
+        await claim(store, f"more{number}", f"w{number}", now_ms=T + 100)
+    await admit(store, "last", prefix_hashes=("shared",))
+    assert (await store.snapshot(MODEL, now_ms=T)).prefix_workers["shared"] == ("w5", "w4", "w3", "w2")

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from llorch_wire.errors import ApiError, ErrorCode
-from llorch_wire.events import EndEvent
+from llorch_wire.events import EndEvent, QueuedEvent
 from orchestratord.runtime import Tenant
 from orchestratord.store.types import QueueLimits, TaskRecord
 from tests.integration.house import TENANT, Town, read_all, tokens_of, until
@@ -256,3 +256,22 @@ async def test_who_comes_back_after_the_time_given_is_let_in(town: Town, scope: 
     await until(is_let_in, "it is let in")
     waited_ms = (time.monotonic() - begun) * 1000
     assert waited_ms <= refused.value.retry_after_ms <= 5 * 60 * 20, "and 60 tokens take 1.2 s"
+
+
+async def test_a_waiting_reader_is_told_its_place_and_its_start_again_and_again(town: Town) -> None:
+    orchestrator = await town.replica()
+    await town.worker(slots=1, token_ms=20)
+    await town.finished(await town.submit(max_tokens=50, ignore_eos=True))
+    ids = [await town.submit(seed=seed, max_tokens=50, ignore_eos=True) for seed in range(5)]
+    submitted = await orchestrator.task(ids[-1], TENANT)
+    assert submitted.predicted_start_ms is not None
+    items = await read_all(orchestrator.follow(ids[-1], TENANT))
+    told = [(item.position, item.event) for item in items if isinstance(item.event, QueuedEvent)]
+    places = [event.queue_position for _, event in told]
+    assert places == sorted(places, reverse=True) and len(set(places)) >= 3
+    assert [position for position, _ in told] == ["0-1"] + [None] * (len(told) - 1), "only the first is in the log"
+    forecasts = [(event.predicted_start_ms, event.predicted_start_p90_ms) for _, event in told[1:]]
+    assert all(p50 is not None and p90 is not None and 0 < p50 < p90 for p50, p90 in forecasts)
+    assert (forecasts[-1][0] or 0) < submitted.predicted_start_ms, "the nearer, the sooner"
+    counters = orchestrator.observations.counters
+    assert sum(count for (name, _), count in counters.items() if name == "forecast_starts") == 6
