@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, cast
 
 from worker.engine.machine import cores, default_threads, settle_threads
+from worker.engine.thread_choice import thread_numbers
 
 if TYPE_CHECKING:
-    from worker.engine.contenders import Contender, Job, Run
+    from worker.engine.contenders import Contender, Job, LlorchEngine, Run
 
 OTHERS = ("generate", "transformers-cb", "vllm")
 
@@ -57,6 +58,10 @@ WORKLOADS = (
     Workload("mixed 32", 32, (8, 512), (8, 128)),
     Workload("long prompt 16", 16, (768, 768), (32, 32)),
 )
+
+
+NEWCOMER_BESIDE, NEWCOMER_PROMPT, NEWCOMER_CONTEXT = 16, 64, 600
+"""The newcomer's prompt, and how many decode beside it, each behind a prompt of nearly that length."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -95,7 +100,8 @@ def main(argv: list[str]) -> int:
         folder = args.model or _random_model(Path(scratch))
         contenders, absent = _contenders(folder, args)
         try:
-            rows = [_measure(contenders, workload, args.rounds) for workload in args.workloads]
+            rows = [_measure(contenders, workload, args.rounds, threads) for workload in args.workloads]
+            newcomer = _newcomer(cast("LlorchEngine", contenders[0]), args.rounds)
         finally:
             for contender in contenders:
                 contender.close()
@@ -107,6 +113,7 @@ def main(argv: list[str]) -> int:
         "torch": torch.__version__,
         "absent": absent,
         "workloads": rows,
+        "newcomer": newcomer,
     }
     _print_table(report)
     if args.plot is not None:
@@ -127,8 +134,8 @@ def _contenders(folder: Path, args: argparse.Namespace) -> tuple[list[Contender]
     from worker.engine import contenders as c
     from worker.engine.assemble import EngineOptions
 
-    slots = max(w.batch for w in args.workloads)
-    context = max(w.prompt[1] + w.answer[1] for w in args.workloads)
+    slots = max(NEWCOMER_BESIDE + 1, *(w.batch for w in args.workloads))
+    context = max(NEWCOMER_CONTEXT, *(w.prompt[1] + w.answer[1] for w in args.workloads))
     options = EngineOptions(model_dir=folder, device="cpu", slots=slots, max_model_len=context + 1)
     ready: list[Contender] = [c.LlorchEngine(options)]
     absent: dict[str, str] = {}
@@ -147,27 +154,79 @@ def _contenders(folder: Path, args: argparse.Namespace) -> tuple[list[Contender]
     return ready, absent
 
 
-def _measure(contenders: list[Contender], workload: Workload, rounds: int) -> dict[str, Any]:
-    ours = contenders[0]
-    vocab_size: int = ours.ready.vocab_size  # type: ignore[attr-defined] (the first is LlorchEngine)
+def _measure(contenders: list[Contender], workload: Workload, rounds: int, threads: int) -> dict[str, Any]:
+    ours = cast("LlorchEngine", contenders[0])
+    vocab_size = ours.ready.vocab_size
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
-    for round_number in range(rounds + 1):
+    threads_of = {c.name: _warm_up(c, workload.jobs(vocab_size, seed=0), threads) for c in contenders}
+    for round_number in range(1, rounds + 1):
         jobs = workload.jobs(vocab_size, seed=round_number)
         for contender in contenders:
-            cpu = time.process_time()
-            run = contender.run(jobs)
-            run.cpu_seconds = time.process_time() - cpu
-            if round_number:  # the first round warms up
-                runs[contender.name].append(run)
+            runs[contender.name].append(_timed(contender, jobs, threads_of[contender.name]))
     mine = runs[ours.name]
     return {
         "name": workload.name,
         "tokens_per_second": {name: round(median(r.tokens / r.seconds for r in rs), 1) for name, rs in runs.items()},
         "ratio_to": _ratios(runs, mine, lambda run: run.seconds),
+        "ratio_quartiles": _quartiles(runs, mine),
+        "threads_of_others": {name: number for name, number in threads_of.items() if name != ours.name},
         "cpu_ratio_to": _ratios(runs, mine, lambda run: run.cpu_seconds),
         "first_token_ms": _median_ms([t for r in mine for t in r.first_token_s]),
         "between_tokens_ms": _median_ms([t for r in mine for t in r.between_tokens_s]),
     }
+
+
+def _warm_up(contender: Contender, jobs: list[Job], threads: int) -> int:
+    """Run it with each number of threads; the one to measure it with. Ours chooses for each step by itself."""
+    if contender.name == "llorch":
+        for _ in range(2):
+            contender.run(jobs)
+        return threads
+    seconds: dict[int, float] = {}
+    for number in thread_numbers(threads):
+        seconds[number] = min(_timed(contender, jobs, number).seconds for _ in range(2))
+    return min(seconds, key=lambda number: seconds[number])
+
+
+def _timed(contender: Contender, jobs: list[Job], threads: int) -> Run:
+    import torch
+
+    torch.set_num_threads(threads)
+    cpu = time.process_time()
+    run = contender.run(jobs)
+    run.cpu_seconds = time.process_time() - cpu
+    return run
+
+
+def _newcomer(ours: LlorchEngine, rounds: int) -> dict[str, Any]:
+    """Medians over the rounds of how long a newcomer waits for its first token while others decode a long text."""
+    beside = Workload("", NEWCOMER_BESIDE, (NEWCOMER_CONTEXT - 40, NEWCOMER_CONTEXT - 40), (1, 1))
+    alone = Workload("", 1, (NEWCOMER_PROMPT, NEWCOMER_PROMPT), (1, 1))
+    vocab_size = ours.ready.vocab_size
+    runs = [
+        ours.newcomer(beside.jobs(vocab_size, seed=number), alone.jobs(vocab_size, seed=number + 1)[0])
+        for number in range(rounds + 1)
+    ][1:]  # the first one warms up
+    return {
+        "beside": NEWCOMER_BESIDE,
+        "prompt": NEWCOMER_PROMPT,
+        "steps": max(run.steps for run in runs),
+        "first_token_ms": _median_ms([run.first_token_s for run in runs]),
+        "others_step_ms": _median_ms([run.others_step_s for run in runs]),
+        "alone_ms": _median_ms([run.alone_s for run in runs]),
+        "share_of_allowed": round(median(run.first_token_s / run.allowed_s for run in runs), 3),
+    }
+
+
+def _quartiles(runs: dict[str, list[Run]], mine: list[Run]) -> dict[str, list[float]]:
+    """First and third quartile of the paired ratios of times."""
+    found: dict[str, list[float]] = {}
+    for name, rs in runs.items():
+        if rs is not mine:
+            ratios = [theirs.seconds / own.seconds for own, theirs in zip(mine, rs, strict=True)]
+            low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+            found[name] = [round(low, 3), round(high, 3)]
+    return found
 
 
 def _ratios(runs: dict[str, list[Run]], mine: list[Run], cost: Callable[[Run], float]) -> dict[str, float]:
@@ -196,6 +255,12 @@ def _print_table(report: dict[str, Any]) -> None:
             cells += f"{row['tokens_per_second'][name]:>10}"
             cells += "" if ratio is None else _ratio_cell(ratio, row["cpu_ratio_to"][name])
         _say(f"{row['name']:<16}{cells}{row['first_token_ms']:>11} ms{row['between_tokens_ms']:>7} ms")
+    newcomer = report["newcomer"]
+    _say(
+        f"a newcomer of {newcomer['prompt']} tokens beside {newcomer['beside']}: first token after {newcomer['steps']} "
+        f"step(s), {newcomer['first_token_ms']} ms; three steps and its prefill are "
+        f"{3 * newcomer['others_step_ms'] + newcomer['alone_ms']:.2f} ms"
+    )
     for name, reason in report["absent"].items():
         _say(f"not measured: {name} ({reason})")
 

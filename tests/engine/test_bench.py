@@ -29,6 +29,12 @@ def test_it_measures_and_plots(tiny_model: Callable[[str], Path], tmp_path: Path
         assert row["tokens_per_second"].keys() == {"llorch", "generate"}
         assert row["ratio_to"]["generate"] > 0
         assert row["first_token_ms"] > 0
+        low, high = row["ratio_quartiles"]["generate"]
+        assert low <= row["ratio_to"]["generate"] <= high
+        assert row["threads_of_others"] == {"generate": 1}
+    assert report["newcomer"]["steps"] == 1
+    assert report["newcomer"]["first_token_ms"] > 0
+    assert any("a newcomer of" in line for line in lines)
     assert "vllm" in report["absent"]
     assert any(line.startswith("not measured: vllm") for line in lines)
     assert plot.stat().st_size > 1000

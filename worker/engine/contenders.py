@@ -7,7 +7,6 @@ computes the same tokens. Read `Contender` first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from worker.engine.assemble import EngineOptions, build_engine
-from worker.engine.protocol import AddSequence, FromEngine, SamplingSpec, Shutdown, StepOutput, ToEngine
+from worker.engine.newcomer import NewcomerRun, Stepper, measure_newcomer
+from worker.engine.protocol import AddSequence, CancelSequence, FromEngine, SamplingSpec, StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,45 +54,23 @@ class Contender(Protocol):
         ...
 
 
-class _LocalChannel:
-    """Stands where the socket would: the loop and its driver share a process."""
-
-    def __init__(self, on_output: Callable[[StepOutput], None]) -> None:
-        self.inbox: list[ToEngine] = []
-        self._on_output = on_output
-
-    def receive(self, *, wait: bool) -> list[ToEngine]:
-        messages, self.inbox = self.inbox, []
-        return messages or ([Shutdown()] if wait else [])
-
-    def send(self, message: FromEngine) -> None:
-        if isinstance(message, StepOutput):
-            self._on_output(message)
-
-
 class LlorchEngine:
     """The engine of this package, loop and all, without the process boundary."""
 
     name = "llorch"
 
     def __init__(self, options: EngineOptions) -> None:
-        self._channel = _LocalChannel(self._record)
+        self._channel = _TimedChannel()
         engine = build_engine(options, self._channel)
         self._loop = engine.loop
+        self._loop.touch_cache()
         self.ready = engine.ready
-        self._started = 0.0
         self._runs = 0
-        self._times: dict[str, list[float]] = {}
-
-    def _record(self, output: StepOutput) -> None:
-        now = time.perf_counter()
-        for token in output.tokens:
-            self._times.setdefault(token.sequence_id, []).append(now - self._started)
 
     def run(self, jobs: list[Job]) -> Run:
         """Generate for all jobs together. The salt is new each time: nothing comes from an earlier run's cache."""
         self._runs += 1
-        self._times = {}
+        self._channel.times = {}
         for index, job in enumerate(jobs):
             spec = SamplingSpec(max_tokens=job.answer_tokens, temperature=0.0, ignore_eos=True)
             self._channel.inbox.append(
@@ -100,19 +78,44 @@ class LlorchEngine:
                     sequence_id=str(index), prompt_token_ids=job.prompt, sampling=spec, cache_salt=str(self._runs)
                 )
             )
-        self._started = time.perf_counter()
+        started = time.perf_counter()
         self._loop.run()
-        seconds = time.perf_counter() - self._started
-        times = list(self._times.values())
+        seconds = time.perf_counter() - started
+        times = list(self._channel.times.values())
         return Run(
             seconds=seconds,
             tokens=sum(map(len, times)),
-            first_token_s=[line[0] for line in times],
+            first_token_s=[line[0] - started for line in times],
             between_tokens_s=[b - a for line in times for a, b in pairwise(line)],
         )
 
+    def newcomer(self, running: list[Job], job: Job) -> NewcomerRun:
+        """How long `job` waits for its first token beside `running`; they are cancelled afterwards."""
+        self._runs += 1
+        run = measure_newcomer(
+            self._loop.step, self._channel, [other.prompt for other in running], job.prompt, salt=str(self._runs)
+        )
+        self._channel.inbox.extend(CancelSequence(sequence_id=name) for name in self._channel.tokens)
+        self._loop.run()
+        return run
+
     def close(self) -> None:
         """Nothing runs between runs."""
+
+
+class _TimedChannel(Stepper):
+    """Stands where the socket would, and remembers when each token came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: dict[str, list[float]] = {}
+
+    def send(self, message: FromEngine) -> None:
+        super().send(message)
+        if isinstance(message, StepOutput):
+            now = time.perf_counter()
+            for token in message.tokens:
+                self.times.setdefault(token.sequence_id, []).append(now)
 
 
 class PaddedGenerate:

@@ -102,6 +102,10 @@ class EngineLoop:
         while self.step():
             pass
 
+    def touch_cache(self) -> None:
+        """Take all of the cache's memory from the machine now, as it is after a while of work. For measurements."""
+        self._cache.pool.fill_(0)
+
     def step(self) -> bool:
         """One turn; False after Shutdown. Waits for a message when there is nothing to compute."""
         if not self._drain():
