@@ -97,6 +97,7 @@ class ModelRunner:
             bad = self._bad_spans(hidden, batch)
             rows = batch.sampled_rows + [0] * self._padding.missing(len(batch.sampled_rows))
             logits = self._head(hidden[torch.tensor(rows, dtype=torch.int64, device=self._device)])
+            bad.extend(index for index in self._bad_logits(logits, batch) if index not in bad)
         return logits, bad
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
@@ -111,6 +112,14 @@ class ModelRunner:
             packed_plan=plan,
         )
         return output.last_hidden_state[0]
+
+    def _bad_logits(self, logits: torch.Tensor, batch: PackedBatch) -> list[int]:
+        # Finite states may still overflow in the output layer, in float16 most of all.
+        asked = logits[: len(batch.sampled_chunks)]
+        if math.isfinite(float(asked.sum(dtype=torch.float32))):
+            return []
+        finite = asked.isfinite().all(dim=-1).tolist()
+        return [chunk for chunk, fine in zip(batch.sampled_chunks, finite, strict=True) if not fine]
 
     def _bad_spans(self, hidden: torch.Tensor, batch: PackedBatch) -> list[int]:
         # A token attends to itself in every layer, so a key or value that isn't finite shows in its last hidden state.

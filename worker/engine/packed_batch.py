@@ -6,7 +6,7 @@ rows:  │ decode │ decode │ prefill chunk of a sequence ... │ padding │
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from worker.engine.scheduler import Chunk
@@ -45,6 +45,9 @@ class PackedBatch:
     num_decodes: int
     """How many of the first spans are a single token."""
 
+    sampled_chunks: list[int] = field(default_factory=list[int])
+    """The chunk that each of `sampled_rows` belongs to."""
+
     @property
     def num_tokens(self) -> int:
         """Rows that are not padding."""
@@ -66,9 +69,10 @@ def pack(chunks: list[Chunk], rank: Callable[[Chunk], Any], padding_for: Callabl
         token_ids.extend(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
         positions.extend(range(chunk.start, chunk.start + chunk.count))
         last_row[index] = len(token_ids) - 1
-    sampled = [last_row[index] for index, chunk in enumerate(chunks) if chunk.samples]
+    sampled = [index for index, chunk in enumerate(chunks) if chunk.samples]
+    sampled_rows = [last_row[index] for index in sampled]
     padding = padding_for(len(token_ids))
     token_ids.extend([0] * padding)
     positions.extend([0] * padding)
     decodes = next((index for index, span in enumerate(spans) if span.count > 1), len(spans))
-    return PackedBatch(token_ids, positions, spans, len(token_ids), sampled, decodes)
+    return PackedBatch(token_ids, positions, spans, len(token_ids), sampled_rows, decodes, sampled)
