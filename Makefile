@@ -5,6 +5,7 @@
 PORT ?= 8080
 DATA_DIR ?= ./data
 MINUTES ?= 5
+SEQUENCES ?= 20000
 PYTEST ?= .venv/bin/python -m pytest
 PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?=
@@ -51,9 +52,11 @@ chaos: ## Minutes of faults on every deployment of Redis, and the slow chaos tes
 	.venv/bin/python -m tests.chaos.run --minutes $(MINUTES)
 	$(PYTEST) tests/chaos -m slow $(PYTEST_ARGS)
 
-soak: ## The store's state machine, thousands of runs on a real server (about 20 minutes)
+soak: ## The store's state machine, the engine under SEQUENCES=20000, a worker's memory over MINUTES=5 (half an hour)
 	@tools/setup_env.sh dev
 	LLORCH_PROPERTY_EXAMPLES=1500 $(PYTEST) tests/property -k real --timeout 7200 $(PYTEST_ARGS)
+	LLORCH_FUZZ_SEQUENCES=$(SEQUENCES) $(PYTEST) tests/engine/test_fuzz.py --timeout 7200 $(PYTEST_ARGS)
+	.venv/bin/python -m bench.soak_worker --minutes $(MINUTES)
 
 bench: ## Added latency and CPU of the orchestrator; writes docs/benchmarks.md
 	@tools/setup_env.sh dev
