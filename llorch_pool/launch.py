@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from llorch_pool import devices, lifecycle, likely_cause
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
 from llorch_pool.http_call import NoReplyError, call
+from llorch_pool.paths import python
 from llorch_pool.process import Identity, identify, is_alive
 from llorch_pool.registry import MARKER, Registry, WorkerRecord
 from llorch_pool.user_manager import lingering, user_manager_answers
@@ -93,7 +93,7 @@ def _launch(registry: Registry, record: WorkerRecord, ready_file: Path) -> Worke
 
 def worker_command(record: WorkerRecord, ready_file: Path) -> list[str]:
     """How the worker is started. Keys are never in it: command lines can be read by every user of the machine."""
-    command = [sys.executable, "-P", "-m", "worker", "--model", record.model_path, "--worker-id", record.worker_id]
+    command = [python(), "-P", "-m", "worker", "--model", record.model_path, "--worker-id", record.worker_id]
     command += ["--host", record.host or "127.0.0.1", "--port", str(record.port), "--ready-file", str(ready_file)]
     command += ["--device", "cpu" if record.device == devices.CPU else "cuda"]
     options = {

@@ -10,7 +10,6 @@ import os
 import pwd
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from llorch_pool.context import Context
@@ -19,6 +18,7 @@ from llorch_pool.errors import AbortedError, PoolError
 from llorch_pool.files import write_atomic
 from llorch_pool.launch import start
 from llorch_pool.lifecycle import inspect
+from llorch_pool.paths import python_at_boot
 from llorch_pool.process import is_alive
 from llorch_pool.registry import Registry, WorkerRecord
 from llorch_pool.spawn import discard
@@ -38,7 +38,7 @@ def unit_text(context: Context) -> str:
     return (
         "[Unit]\nDescription=Bring llorch workers back after a reboot\nAfter=network-online.target\n\n"
         "[Service]\nType=oneshot\nRemainAfterExit=yes\nKillMode=process\nTimeoutStartSec=infinity\n"
-        f"{environment}ExecStart={_quoted(sys.executable).replace('$', '$$')} -m llorch_pool worker restore\n\n"
+        f"{environment}ExecStart={_quoted(python_at_boot()).replace('$', '$$')} -m llorch_pool worker restore\n\n"
         "[Install]\nWantedBy=default.target\n"
     )
 
@@ -54,13 +54,13 @@ def enable(context: Context) -> str:
     systemctl, loginctl = shutil.which("systemctl"), shutil.which("loginctl")
     if systemctl is None:
         return (
-            "this machine has no systemd: run `llorch-pool worker restore` at boot by its own means (cron's @reboot, "
-            "the container's start command)"
+            f"this machine has no systemd: run `{_by_hand()}` at boot by its own means (cron's @reboot, the "
+            "container's start command)"
         )
     if not user_manager_answers():
         return (
-            "the systemd user manager does not answer here (`systemctl --user status` shows why): run `llorch-pool "
-            "worker restore` at boot by other means, for example cron's @reboot"
+            "the systemd user manager does not answer here (`systemctl --user status` shows why): run "
+            f"`{_by_hand()}` at boot by other means, for example cron's @reboot"
         )
     if not lingering() and loginctl is not None:
         subprocess.run([loginctl, "enable-linger"], capture_output=True, timeout=10)
@@ -77,6 +77,12 @@ def enable(context: Context) -> str:
             f"user services of {user} only start at login here: an administrator runs `loginctl enable-linger {user}`"
         )
     return ""
+
+
+def _by_hand() -> str:
+    """What the unit does, as it is typed; with its path, for cron knows little of PATH."""
+    program = Path(python_at_boot()).with_name("llorch-pool")
+    return f"{program if program.exists() else 'llorch-pool'} worker restore"
 
 
 def _config_home(context: Context) -> Path:

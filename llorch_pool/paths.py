@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +66,20 @@ class Paths(NamedTuple):
     def partial(self) -> Path:
         """Downloads under way: on the same file system as the models, so that a finished one is a rename."""
         return self.models / ".partial"
+
+
+def python() -> str:
+    """This installation's Python. Not by way of `current`, which moves on: a bootstrap keeps what processes name."""
+    executable = Path(sys.executable)
+    return str(executable.parent.resolve() / executable.name)
+
+
+def python_at_boot() -> str:
+    """This installation's Python by the path that an upgrade leaves in place, where there is one (`current`)."""
+    executable = Path(python())
+    base = executable.parent.parent.parent.parent  # <base>/venvs/<version>/bin/python
+    current = base / "current" / "bin" / executable.name
+    return str(current) if current.exists() and current.parent.resolve() == executable.parent else str(executable)
 
 
 def make_private(folder: Path) -> Path:

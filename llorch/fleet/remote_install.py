@@ -142,7 +142,7 @@ def pip(target: Path, what: Sequence[str]) -> None:
         if text:
             lines = [*lines, text][-KEEP_LINES:]
         if text.startswith(("Collecting", "Downloading", "Processing", "Installing", "Successfully", "Using cached")):
-            say("progress", phase="installing", text=text[:200])
+            say("progress", phase="installing", text=in_short(text))
     if process.wait():
         shutil.rmtree(target, ignore_errors=True)
         said = next((line for line in reversed(lines) if "ERROR" in line), (lines or ["no reason given"])[-1])
@@ -151,6 +151,16 @@ def pip(target: Path, what: Sequence[str]) -> None:
             next_step_after(said, carried="--no-index" in what),
             "\n".join(lines),
         )
+
+
+def in_short(text: str) -> str:
+    """A line of pip's: what a package is needed for is left out, and a list of packages is counted."""
+    text = re.sub(r" \(from .*", "", text)
+    listed = re.match(r"(Installing collected packages:|Successfully installed) (.*)", text)
+    if listed:
+        count = len(listed.group(2).split())
+        text = f"{count} packages" if text.startswith("Installing") else f"{count} packages are installed"
+    return text[:120]
 
 
 def next_step_after(said: str, *, carried: bool) -> str:

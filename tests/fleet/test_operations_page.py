@@ -46,7 +46,7 @@ def test_a_first_fleet_in_ten_minutes(ground: Path) -> None:
                 config.write(f"Host {machine.name}\n  HostName {machine.host}\n  User {machine.user}\n")
         port = free_port(GATEWAY)
         for was, becomes in (
-            ("pip install 'llorch[embedded]'", "llorch --version"),
+            ("tools/setup_env.sh run && . .venv/bin/activate", "llorch --version"),
             ("10.0.0.1:8080", f"{GATEWAY}:{port}"),
             ("--host 10.0.0.1 --port 8080", f"--host {GATEWAY} --port {port} --data-dir data"),
             ("orchestratord.log 2>&1 &", "orchestratord.log 2>&1 & echo $! > orchestratord.pid"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llorch.errors import CliError, UsageProblem
-from llorch.fleet import carry, remote_scripts
+from llorch.fleet import carry, remote_install, remote_scripts
 from llorch.fleet.bootstrap_plan import Options, Probe, parse_probe, plan
 from llorch.fleet.pools import Pool
 
@@ -123,3 +123,22 @@ def test_what_the_other_python_needs_is_found(tmp_path: Path) -> None:
     assert carry.missing(main, tmp_path, "", "3.11.2", "x86_64") == {"async-timeout>=4", "nvidia-x"}
     assert carry.missing(main, tmp_path, "", "3.12.0", "aarch64") == set()
     assert carry.missing(main, tmp_path, "worker", "3.12.0", "aarch64") == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("Collecting orjson<4,>=3.10 (from llorch[worker]@ file:///tmp/x/llorch.whl)", "Collecting orjson<4,>=3.10"),
+        ("Installing collected packages: a, b, c", "3 packages"),
+        ("Successfully installed a-1 b-2", "2 packages are installed"),
+    ],
+)
+def test_pips_words_in_short(line: str, shown: str) -> None:
+    assert remote_install.in_short(line) == shown
+
+
+def test_what_helps_when_pip_failed() -> None:
+    full = remote_install.next_step_after("OSError: [Errno 28] No space left on device", carried=True)
+    assert "free space there" in full
+    assert "--wheels" in remote_install.next_step_after("No matching distribution", carried=True)
+    assert "--source carry" in remote_install.next_step_after("No matching distribution", carried=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llorch_pool import ending, lifecycle, likely_cause, on_boot, spawn
+from llorch_pool import ending, lifecycle, likely_cause, on_boot, paths, spawn
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
 from llorch_pool.log_rotation import rotate
@@ -166,6 +167,24 @@ def test_what_spawn_refuses_names_the_option(context: Context, fields: dict[str,
     assert words in f"{caught.value.message} {caught.value.next_step}" and caught.value.next_step
     assert "has a space" not in str(caught.value)
     assert Registry(context.paths.workers).all() == []
+
+
+def test_a_process_names_its_own_installation_and_the_boot_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bootstrap removes an installation that no process names; what runs at boot must outlive such a bootstrap."""
+    program = tmp_path / "venvs" / "v1" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.symlink_to(sys.executable)
+    for name in (program, tmp_path / "current" / "bin" / "python"):
+        monkeypatch.setattr(sys, "executable", str(name))
+        if not (tmp_path / "current").exists():
+            assert paths.python_at_boot() == str(program)
+            (tmp_path / "current").symlink_to(tmp_path / "venvs" / "v1")
+        assert paths.python() == str(program)
+        assert paths.python_at_boot() == str(tmp_path / "current" / "bin" / "python")
+    monkeypatch.setattr(sys, "executable", "/bin/python")
+    assert paths.python_at_boot().endswith("/bin/python")
 
 
 def test_the_unit_for_boot_quotes_what_it_holds(context: Context, tmp_path: Path) -> None:
