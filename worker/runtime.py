@@ -26,6 +26,7 @@ from worker.http_server import serving
 from worker.intake import Intake
 from worker.metrics import WorkerMetrics
 from worker.model_files import ModelFilesError, ModelFolder, digest
+from worker.own_log import OwnLog
 from worker.portrait import Portrait
 from worker.registration import Registration
 from worker.server import build_app
@@ -38,6 +39,7 @@ from worker.validation import Validator
 
 TICK_S = 0.25
 FLUSH_DEADLINE_S = 3.0
+STDERR = 2
 
 
 class Worker:
@@ -105,6 +107,8 @@ class Worker:
                 group.create_task(self._tick_forever()),
                 group.create_task(self._inspect()),
             ]
+            if (log := OwnLog.behind(STDERR, self._settings.log_max_bytes)) is not None:
+                tasks.append(group.create_task(log.keep_bounded(self._log)))
             if self._renderer is not None:
                 tasks.append(group.create_task(self._renderer.warm_up()))
             if self._registration is not None:

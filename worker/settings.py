@@ -29,7 +29,7 @@ SHARED = {
     "log_format": ("LLORCH_LOG_FORMAT", None),
 }
 """Settings that other programs know too: their common variable, and their name at the top of a TOML file."""
-NO_FLAG = frozenset({"key"})
+NO_FLAG = frozenset({"key", "log_max_bytes"})
 
 _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comma
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|kb|mb|gb|k|m|g)?", re.IGNORECASE)
@@ -126,6 +126,9 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level to log")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="json or console lines; auto: console on a terminal"
+    )
+    log_max_bytes: Size = Field(
+        50 * 2**20, ge=0, description="size at which the log file behind stderr is rotated; 0: never"
     )
 
     @property
