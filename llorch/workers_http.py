@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llorch.errors import CliError
+from llorch.errors import ApiFailure, CliError
 from llorch.http import Api, connect, rows, segment
 from llorch.options import UrlOption
 from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit, say, size
@@ -73,10 +73,12 @@ def _each(worker_ids: list[str], api: Api, verb: str, body: dict[str, Any], done
         try:
             api.post(f"/v2/workers/{segment(worker_id)}/{verb}", body)
         except CliError as error:
+            if isinstance(error, ApiFailure) and error.status == 404:
+                error.message, error.next_step = f"no worker {worker_id!r} is registered", "llorch worker list"
             if len(worker_ids) == 1:
                 raise
             failures.append(error)
-            say(f"{worker_id}: {error.message}")
+            say(f"error: {error.message}")
         else:
             say(f"{worker_id}: {done}")
     if failures:

@@ -143,6 +143,7 @@ def test_drain_and_undrain(server: Scripted, capfd: pytest.CaptureFixture[str]) 
     assert server.requests[0].body == {"deadline_ms": 1500}
     assert cli.main(["worker", "drain", "a b", "no", "--url", server.url]) == 3
     assert cli.main(["worker", "drain", "no", "--url", server.url]) == 1
+    assert "no worker 'no' is registered\nnext:  llorch worker list\n" in capfd.readouterr().err
     assert cli.main(["worker", "undrain", "w", "--url", server.url]) == 0
     assert "w: takes tasks again" in capfd.readouterr().err
 
