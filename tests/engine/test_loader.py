@@ -161,7 +161,7 @@ def test_a_cache_larger_than_the_machine(folder: Path):
 
 
 def test_a_cache_larger_than_what_is_free(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("worker.engine.assemble.available_memory_bytes", lambda: 2**21)
+    monkeypatch.setattr("worker.engine.cache_size.available_memory_bytes", lambda: 2**21)
     error = failure(folder)
     assert error.code == "OUT_OF_MEMORY"
     assert "lower --kv-memory" in str(error)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from worker.engine.attention import choose_attention
+from worker.engine.attention import Backend, choose_attention
 from worker.engine.block_manager import BlockManager
+from worker.engine.cache_size import StepLoad, allocate, blocks_that_fit
 from worker.engine.cpu_layers import PADDINGS, RowPadding, prepare_for_cpu
 from worker.engine.exactness import forward_is_exact
 from worker.engine.experts import EXPERTS_NAME, register_experts
@@ -22,7 +23,6 @@ from worker.engine.lean_decoder import lean_decoder
 from worker.engine.lean_layer import make_lean
 from worker.engine.loader import LoadedModel, LoadError, load_model
 from worker.engine.loop import Channel, EngineLoop
-from worker.engine.machine import CPU_KV_SHARE, MAX_CPU_KV_BYTES, available_memory_bytes
 from worker.engine.model_runner import ATTENTION_NAME, ModelRunner, register_attention
 from worker.engine.protocol import EngineCapabilities, EngineReady
 from worker.engine.sampler import Sampler
@@ -38,8 +38,6 @@ SMALL_MODEL_PARAMETERS = 10**8
 SMALL_MODEL_BATCH_TOKENS = 512
 """On a CPU, for models of fewer parameters than that: what surrounds their matrix products is spread over more tokens,
 and a step still takes a fraction of a second."""
-GPU_KV_SHARE = 0.9
-"""Share of the device's memory that weights, activations and cache may take together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +82,13 @@ def build_engine(
     )
     padding, lean_layers = _prepare(loaded, device)
     progress("measuring", 0.5)
-    slots = options.slots or DEFAULT_SLOTS[device.type]
-    batch_tokens = max(options.max_batch_tokens or _batch_tokens(loaded, device), slots)
-    limit = min(loaded.max_positions, options.max_model_len or loaded.max_positions)
+    load = _load(options, loaded, device)
     shape = kv_shape(loaded)
     backend = choose_attention(options.attention, loaded.model.config.num_attention_heads, shape, device)
     block_tokens = backend.block_tokens or CPU_BLOCK_TOKENS
-    num_blocks = _num_blocks(options, loaded, shape, block_tokens, slots, limit, batch_tokens, device)
-    context_length = min(limit, num_blocks * block_tokens)
-    cache = _allocate(shape, num_blocks, block_tokens, device)
+    num_blocks = blocks_that_fit(loaded, shape, block_tokens, load, options.kv_memory_bytes, device)
+    context_length = min(load.longest, num_blocks * block_tokens)
+    cache = allocate(shape, num_blocks, block_tokens, device)
     attention = backend.build(cache, context_length)
     lean = lean_decoder(loaded.model, context_length) if lean_layers else None
     runner = ModelRunner(loaded.model, cache, attention, padding, lean)
@@ -108,7 +104,7 @@ def build_engine(
     )
     loop = EngineLoop(
         channel,
-        Scheduler(blocks, slots=slots, max_batch_tokens=batch_tokens),
+        Scheduler(blocks, slots=load.slots, max_batch_tokens=load.batch_tokens),
         blocks,
         runner,
         Sampler(loaded.eos_token_ids),
@@ -117,13 +113,23 @@ def build_engine(
         context_length=context_length,
         eos_token_ids=loaded.eos_token_ids,
     )
-    ready = EngineReady(
+    ready = _introduction(loaded, cache, backend, load.slots, context_length, exact=exact)
+    progress("ready", 1.0)
+    return Engine(loop, ready)
+
+
+def _introduction(
+    loaded: LoadedModel, cache: KVCache, backend: Backend, slots: int, context_length: int, *, exact: bool
+) -> EngineReady:
+    """What the HTTP process is told about the engine."""
+    device = cache.pool.device
+    return EngineReady(
         architecture=loaded.architecture,
         vocab_size=loaded.vocab_size,
         context_length=context_length,
         slots_total=slots,
-        kv_blocks_total=num_blocks,
-        kv_block_tokens=block_tokens,
+        kv_blocks_total=cache.num_blocks,
+        kv_block_tokens=cache.block_tokens,
         dtype=_name(loaded.dtype),
         device=str(device),
         attention=backend.name,
@@ -133,8 +139,6 @@ def build_engine(
         vram_bytes=torch.cuda.memory_reserved(device) if device.type == "cuda" else 0,
         capabilities=EngineCapabilities(batch_invariant=exact),
     )
-    progress("ready", 1.0)
-    return Engine(loop, ready)
 
 
 def choose_device(name: str) -> torch.device:
@@ -184,82 +188,17 @@ def _may_be_exact(loaded: LoadedModel, options: EngineOptions) -> bool:
     return options.deterministic or loaded.dtype is torch.float32
 
 
+def _load(options: EngineOptions, loaded: LoadedModel, device: torch.device) -> StepLoad:
+    slots = options.slots or DEFAULT_SLOTS[device.type]
+    batch_tokens = max(options.max_batch_tokens or _batch_tokens(loaded, device), slots)
+    return StepLoad(slots, batch_tokens, min(loaded.max_positions, options.max_model_len or loaded.max_positions))
+
+
 def _batch_tokens(loaded: LoadedModel, device: torch.device) -> int:
     parameters = sum(weight.numel() for weight in loaded.model.parameters())
     if device.type == "cpu" and parameters < SMALL_MODEL_PARAMETERS:
         return SMALL_MODEL_BATCH_TOKENS
     return DEFAULT_BATCH_TOKENS[device.type]
-
-
-def _num_blocks(
-    options: EngineOptions,
-    loaded: LoadedModel,
-    shape: KVShape,
-    block_tokens: int,
-    slots: int,
-    limit: int,
-    batch_tokens: int,
-    device: torch.device,
-) -> int:
-    """Blocks that fit into --kv-memory or a sensible share; more than twice what all slots can use is never taken."""
-    if options.kv_memory_bytes:
-        budget = options.kv_memory_bytes
-    elif device.type == "cuda":
-        budget = _cuda_budget(loaded, batch_tokens, device)
-    else:
-        budget = min(int(available_memory_bytes() * CPU_KV_SHARE), MAX_CPU_KV_BYTES)
-    block_bytes = shape.bytes_per_token * block_tokens
-    most = 2 * slots * -(-limit // block_tokens)
-    num_blocks = min(budget // block_bytes, most)
-    if num_blocks < 1:
-        raise LoadError(
-            "OUT_OF_MEMORY",
-            f"{budget} bytes for the KV cache don't hold one block of {block_bytes} bytes; raise --kv-memory, "
-            "or use a smaller model or dtype.",
-        )
-    if device.type == "cpu":
-        _refuse_to_overcommit(num_blocks * block_bytes)
-    return num_blocks
-
-
-def _refuse_to_overcommit(cache_bytes: int) -> None:
-    """Pages are taken as they are written: a cache that doesn't fit would get the engine killed, and much later."""
-    available = available_memory_bytes()
-    if cache_bytes > available:
-        raise LoadError(
-            "OUT_OF_MEMORY",
-            f"a KV cache of {cache_bytes} bytes doesn't fit into the {available} bytes that are free; "
-            "lower --kv-memory, --slots or --max-model-len.",
-        )
-
-
-def _cuda_budget(loaded: LoadedModel, batch_tokens: int, device: torch.device) -> int:
-    """Free memory after the weights, less what the largest step takes on top (logits and activations, measured)."""
-    free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    config = loaded.model.config
-    try:
-        with torch.inference_mode():
-            hidden = torch.zeros(batch_tokens, config.hidden_size, dtype=loaded.dtype, device=device)
-            loaded.model.model.layers[0].mlp(hidden.unsqueeze(0))
-            torch.zeros(min(batch_tokens, 1024), loaded.vocab_size, dtype=torch.float32, device=device)
-    except torch.OutOfMemoryError as error:
-        raise LoadError(
-            "OUT_OF_MEMORY",
-            "no memory for the largest step; lower --max-batch-tokens or use a smaller model.",
-        ) from error
-    step = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    return int(free - (1 - GPU_KV_SHARE) * total - 2 * step)
-
-
-def _allocate(shape: KVShape, num_blocks: int, block_tokens: int, device: torch.device) -> KVCache:
-    try:
-        return KVCache(shape, num_blocks=num_blocks, block_tokens=block_tokens, device=device)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError, OverflowError) as error:
-        size = num_blocks * block_tokens * shape.bytes_per_token
-        raise LoadError("OUT_OF_MEMORY", f"no memory for a KV cache of {size} bytes; lower --kv-memory.") from error
 
 
 def _name(dtype: torch.dtype) -> str:
