@@ -160,9 +160,11 @@ class Jobs:
             )
 
     async def _quietly(self, name: str, job: Callable[[], Awaitable[object]]) -> None:
-        """Run a job; its failure is logged here, by type and place, since arq would log and store its message."""
+        """Run a job; its failure is logged here, by type and place, since arq would log and store its message. One that
+        takes too long, as when Redis stands still, fails before arq ends it."""
         try:
-            await job()
+            async with asyncio.timeout(JOB_TIMEOUT_S - 1):
+                await job()
         except Exception as error:
             self._log.warning("background job failed", job=name, **describe_exception(error))
 

@@ -338,6 +338,32 @@ async def test_the_jobs_outlive_an_error_that_nobody_thought_of(town: Town, monk
     assert await asyncio.wait({running}, timeout=DEADLINE_S) == ({running}, set())
 
 
+async def test_a_job_that_takes_too_long_is_ended_and_said_by_type_only(
+    town: Town, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when Redis stands still. arq ended it, and logged an error."""
+    ended = asyncio.Event()
+
+    async def deliver(self: Webhooks, task_id: str, tries: int) -> None:
+        try:
+            await asyncio.sleep(DEADLINE_S)
+        finally:
+            ended.set()
+
+    async def due_webhooks() -> list[tuple[str, int]]:
+        return [] if ended.is_set() else [("a", 0)]
+
+    orchestrator = await town.replica()
+    monkeypatch.setattr(runner, "JOB_TIMEOUT_S", 2)
+    monkeypatch.setattr(Webhooks, "deliver", deliver)
+    monkeypatch.setattr(town.replicas[-1].store, "due_webhooks", due_webhooks)
+    running = asyncio.create_task(jobs_of(town, orchestrator).run())
+    await until(ended.is_set)
+    running.cancel()
+    await asyncio.wait({running}, timeout=DEADLINE_S)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_the_jobs_end_although_a_cancellation_got_lost(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     """redis-py may swallow one (python/cpython#86296): a daemon that was told to stop stayed."""
     orchestrator = await town.replica()
