@@ -9,16 +9,16 @@ import pytest
 
 from orchestratord.redis_server import NoRedisServerError, find_server
 
+QUICK = frozenset({"test_suite.py", "test_verdict.py"})
+"""Belong to `make test`. What takes minutes more, and shows the same at greater length, is left to `make chaos`."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here kills processes, and takes its time: what takes minutes is left to `make chaos`.
-
-    The run on one Redis and the tests of the verdict belong to `make test` too.
-    """
+    """Everything here kills processes, and takes its time."""
     for item in items:
         if "tests/chaos/" in item.path.as_posix():
             item.add_marker(pytest.mark.chaos)
-            if item.path.name != "test_verdict.py" and "[redis]" not in item.name:
+            if item.path.name not in QUICK:
                 item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(600))
