@@ -105,13 +105,24 @@ def _payloads(folder: Path, plans: dict[str, Plan], options: Options) -> dict[st
             if kind not in made:
                 made[kind] = _dependencies(folder / f"wheels-{len(made)}", wheel, found, options)
             wheels = made[kind]
-        uv = None
-        if not found.python:
-            (folder / found.machine).mkdir(exist_ok=True)
-            uv = carry.uv_binary(folder / found.machine, found.machine)
         payloads[name] = folder / f"{name}.payload"
-        write_archive(payloads[name], [wheel, pip], wheels, uv, found, options)
+        write_archive(payloads[name], [wheel, pip], wheels, _bringing_python(folder, found), found, options)
     return payloads
+
+
+def _bringing_python(folder: Path, found: Plan) -> Path | None:
+    """What the pool gets where it has no Python that will do: a packed one, or uv, which downloads one there."""
+    if found.python:
+        return None
+    place = folder / found.machine
+    place.mkdir(exist_ok=True)
+    made = place / ("python.tar.gz" if found.carried else "uv")
+    if made.exists():
+        return made
+    if not found.carried:
+        return carry.uv_binary(place, found.machine)
+    say("downloading the Python that is carried over")
+    return carry.python_archive(place, found.machine)
 
 
 def _dependencies(folder: Path, wheel: Path, found: Plan, options: Options) -> list[Path]:
@@ -141,9 +152,12 @@ def _pip_wheel(folder: Path) -> Path:
 
 
 def write_archive(
-    target: Path, own: Sequence[Path], wheels: Sequence[Path], uv: Path | None, found: Plan, options: Options
+    target: Path, own: Sequence[Path], wheels: Sequence[Path], python: Path | None, found: Plan, options: Options
 ) -> None:
-    """Write what goes over: the archive's size in bytes on a line, then the archive. `own`: llorch's, pip's."""
+    """Write what goes over: the archive's size in bytes on a line, then the archive.
+
+    `own`: llorch's wheel and pip's. `python`: what brings a Python, a packed one or uv.
+    """
     mark = hashlib.sha256(own[0].read_bytes())
     mark.update(json.dumps([options.extras, options.system_packages, found.torch_build, found.python]).encode())
     args = {
@@ -164,8 +178,8 @@ def write_archive(
         for path in wheels:
             if path.name != own[0].name:
                 tar.add(path, f"wheels/{path.name}")
-        if uv is not None:
-            tar.add(uv, "uv")
+        if python is not None:
+            tar.add(python, python.name)
     with target.open("wb") as stream, plain.open("rb") as source:
         stream.write(f"{plain.stat().st_size}\n".encode())
         shutil.copyfileobj(source, stream, 1 << 20)

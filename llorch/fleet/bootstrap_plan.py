@@ -129,8 +129,10 @@ def plan(pool: Pool, probe: Probe, options: Options) -> Plan:
         )
     version, path = _python(probe, options)
     build = _torch_build(pool, probe, options)
+    carried = options.source == "carry" or (options.source == "auto" and options.wheels is not None)
+    brought = f"Python 3.12, about 30 MiB, {'carried over' if carried else 'brought by uv'}: there is none from 3.11 on"
     lines = [
-        f"Python {version} at {path}" if path else "Python 3.12: brought by uv, about 30 MiB, since there is none",
+        f"Python {version} at {path}" if path else brought,
         f"llorch-pool {wire.VERSION} and its dependencies, about 25 MiB",
     ]
     if options.extras and not options.system_packages:
@@ -144,7 +146,6 @@ def plan(pool: Pool, probe: Probe, options: Options) -> Plan:
             next_step="free space there, or set XDG_DATA_HOME on the pool",
         )
     index = "" if build == "default" or options.system_packages else f"{options.torch_index}/{build}"
-    carried = options.source == "carry" or (options.source == "auto" and options.wheels is not None)
     lines.append("everything is carried over from here" if carried else "the pool downloads from its package index")
     return Plan(
         python=path,

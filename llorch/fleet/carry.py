@@ -171,25 +171,54 @@ def _pip(command: list[str]) -> None:
         )
 
 
-def uv_binary(folder: Path, machine: str) -> Path:
-    """The `uv` program for a Linux machine (x86_64, aarch64), out of its wheel. Raises CliError."""
-    import io
-
-    tags = [f"manylinux_2_17_{machine}", f"manylinux2014_{machine}", f"manylinux_2_28_{machine}"]
+def uv_binary(folder: Path, machine: str = "") -> Path:
+    """The `uv` program for a Linux machine (x86_64, aarch64), or for this one, out of its wheel. Raises CliError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--dest", str(folder), "--only-binary=:all:", "--no-deps", "--python-version", "3.12"]
-    for tag in tags:
-        command += ["--platform", tag]
+    command += ["--dest", str(folder), "--only-binary=:all:", "--no-deps"]
+    if machine:
+        command += ["--python-version", "3.12"]
+        for tag in (f"manylinux_2_17_{machine}", f"manylinux2014_{machine}", f"manylinux_2_28_{machine}"):
+            command += ["--platform", tag]
     _pip([*command, "uv"])
     for path in folder.glob("uv-*.whl"):
-        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+        with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith("/scripts/uv"):
                     target = folder / "uv"
                     target.write_bytes(archive.read(name))
+                    target.chmod(0o700)
                     path.unlink()
                     return target
     raise CliError("there is no uv for that machine", next_step="install Python 3.11 or newer on it")
+
+
+def python_archive(folder: Path, machine: str) -> Path:
+    """`python.tar.gz`: a relocatable CPython 3.12 for a Linux machine, downloaded and checked by uv here.
+
+    It holds one folder, named as uv names it. UV_PYTHON_INSTALL_MIRROR is honoured. Raises CliError.
+    """
+    import os
+    import shutil
+    import tarfile
+
+    uv = shutil.which("uv") or str(uv_binary(folder))
+    environ = {**os.environ, "UV_NO_CONFIG": "1", "UV_NO_PROGRESS": "1", "UV_CACHE_DIR": str(folder / "uv-cache")}
+    wanted = f"cpython-3.12-linux-{machine}-gnu"
+    command = [uv, "python", "install", "--no-bin", "--install-dir", str(folder / "pythons"), wanted]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, stdin=subprocess.DEVNULL, env=environ
+    )
+    brought = sorted(path for path in (folder / "pythons").glob("cpython-3.12.*") if not path.is_symlink())
+    if done.returncode or not brought:
+        said = " ".join([line.strip() for line in done.stderr.splitlines() if line.strip()][-2:]) or "no reason given"
+        raise CliError(
+            f"uv could not download a Python to carry over: {said[:300]}",
+            next_step="run it where that works (UV_PYTHON_INSTALL_MIRROR names a mirror), or install Python 3.11 there",
+        )
+    target = folder / "python.tar.gz"
+    with tarfile.open(target, "w:gz", compresslevel=6) as tar:
+        tar.add(brought[0], brought[0].name)
+    return target
 
 
 def download_pip(folder: Path) -> Path:

@@ -16,7 +16,8 @@ say driver "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev
 data="${XDG_DATA_HOME:-$HOME/.local/share}"
 say free_kib "$(df -Pk "$HOME" 2>/dev/null | awk 'NR==2 {print $4}')"
 say command "$(test -x "$data/llorch/pool/current/bin/llorch-pool" && echo "$data/llorch/pool/current/bin/llorch-pool")"
-for name in python3.13 python3.12 python3.11 python3 python; do
+own="$data/llorch/pool/python"
+for name in python3.13 python3.12 python3.11 python3 python "$own"/cpython-3.1*/bin/python3.1[123]; do
   found=$(command -v "$name" 2>/dev/null) || continue
   version=$("$found" -c 'import sys, venv; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null </dev/null) || continue
   say python "$version $found"
@@ -52,14 +53,35 @@ set -u
 python=$(cat python)
 if [ -z "$python" ]; then
   base="${XDG_DATA_HOME:-$HOME/.local/share}/llorch/pool"
-  mkdir -p "$base" && chmod +x uv
+  mkdir -p "$base/python"
+fi
+if [ -z "$python" ] && [ -f python.tar.gz ]; then
+  echo '{"event":"progress","phase":"unpacking","text":"Python 3.12, since there is none from 3.11 on"}'
+  new="$base/python/.new.$$"
+  trap 'rm -rf "$new"; exit 143' TERM
+  if mkdir "$new" && tar xzf python.tar.gz -C "$new" 2>tar.log; then
+    for dir in "$new"/cpython-3.12.*; do
+      python="$base/python/${dir##*/}/bin/python3.12"
+      [ -x "$python" ] || mv "$dir" "$base/python/"
+    done
+    rm -rf "$new"
+    trap - TERM
+  else
+    rm -rf "$new"
+    tail -n 5 tar.log >&2
+    echo '{"event":"end","rc":1,"failure":{"code":"bootstrap","message":"the Python that was carried over could not be unpacked","next_step":"free space there (in $HOME), or set XDG_DATA_HOME on the pool"}}'
+    exit 1
+  fi
+fi
+if [ -z "$python" ]; then
+  chmod +x uv
   export UV_PYTHON_INSTALL_DIR="$base/python" UV_CACHE_DIR="$PWD/uv-cache" UV_NO_PROGRESS=1 UV_NO_CONFIG=1
   echo '{"event":"progress","phase":"downloading","text":"Python 3.12 (about 30 MiB), since there is none from 3.11 on"}'
   if ./uv python install --no-bin 3.12 >uv.log 2>&1; then
     python=$(./uv python find --no-project --managed-python 3.12)
   else
     tail -n 5 uv.log >&2
-    echo '{"event":"end","rc":1,"failure":{"code":"bootstrap","message":"there is no Python 3.11 or newer on the pool, and uv could not download one","next_step":"install Python 3.11 or newer there, or let it reach the internet (UV_PYTHON_INSTALL_MIRROR is honoured)"}}'
+    echo '{"event":"end","rc":1,"failure":{"code":"bootstrap","message":"there is no Python 3.11 or newer on the pool, and uv could not download one","next_step":"install Python 3.11 or newer there, or let it reach the internet (UV_PYTHON_INSTALL_MIRROR is honoured), or carry one over: --source carry"}}'
     exit 1
   fi
 fi

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.fleet.conftest import NewMachine
 from tests.support.sshd import Machine, Operator
 
-TOOLS = "sh bash tar gzip head tail cat rm mkdir mktemp chmod uname getconf sed df awk kill env sleep id"
+TOOLS = "sh bash tar gzip head tail cat rm mv mkdir mktemp chmod uname getconf sed df awk kill env sleep id"
 
 
 def bare_path(folder: Path, **programs: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -46,50 +47,78 @@ def index(ground: Path, wheels: Path) -> Iterator[Index]:
         yield server
 
 
-def test_uv_brings_a_python_where_it_is_too_old(
-    op: Operator, new_machine: NewMachine, ground: Path, snapshot: dict[str, str]
-) -> None:
-    newer, older = pythons("3.12"), pythons("3.10")
+@pytest.fixture(scope="module")
+def mirror(ground: Path) -> Iterator[tuple[Index, str]]:
+    """(a server that hands out a real CPython 3.12 as uv downloads it, its version)"""
+    newer = pythons("3.12")
     if not newer:
         pytest.skip("there is no CPython 3.12 here to be handed out")
     folder = ground / "pythons"
     folder.mkdir()
-    with Index(folder) as mirror:
-        version = python_archive(newer, folder, mirror.url)
-        programs = {"python3": older} if older else {}
-        path = bare_path(ground / "bin-old", **programs)
-        environ = {"PATH": path, "UV_PYTHON_DOWNLOADS_JSON_URL": f"{mirror.url}/files/downloads.json"}
-        old = add_bare(op, new_machine, "old", environ)
-        done = op.llorch(
-            "pool", "bootstrap", "old", "-y", "--source", "carry", "--extras", "none", "--json",
-            timeout=300, environ=snapshot,
-        )  # fmt: skip
-        assert "Python 3.12: brought by uv" in done.stderr and "downloading" in done.stderr
-        assert json.loads(done.stdout)[0]["python"] == version
-        assert any(request.endswith("install_only.tar.gz") for request in mirror.requests)
-    current = (old.home / ".local/share/llorch/pool/current").resolve()
-    assert list(current.glob("lib/python3.12/site-packages/llorch_pool/__pycache__/rpc*.pyc")), (
-        "it compiles at each call"
-    )
-    assert rows(op, "pool", "devices", "-p", "old")[0]["device"] == "cpu"
+    with Index(folder) as server:
+        yield server, python_archive(newer, folder, server.url)
+
+
+def old_machine(op: Operator, new_machine: NewMachine, ground: Path, name: str, **environ: str) -> Machine:
+    """A machine whose Python is 3.10, or which has none."""
+    older = pythons("3.10")
+    path = bare_path(ground / f"bin-{name}", **({"python3": older} if older else {}))
+    return add_bare(op, new_machine, name, {"PATH": path, **environ})
+
+
+def test_uv_brings_a_python_where_it_is_too_old(
+    op: Operator, new_machine: NewMachine, ground: Path, index: Index, mirror: tuple[Index, str]
+) -> None:
+    """The pool downloads Python from the mirror. (Its dependencies too, but the index lacks some for that Python.)"""
+    server, _ = mirror
+    downloads = f"{server.url}/files/downloads.json"
+    old = old_machine(
+        op, new_machine, ground, "old", UV_PYTHON_DOWNLOADS_JSON_URL=downloads, PIP_RETRIES="0",
+        PIP_INDEX_URL=f"{index.url}/simple", PIP_CONFIG_FILE="/dev/null",
+    )  # fmt: skip
+    done = op.llorch("pool", "bootstrap", "old", "-y", "--extras", "none", timeout=300, check=1)
+    assert "brought by uv" in done.stderr and "downloading" in done.stderr
+    assert any(request.endswith("install_only.tar.gz") for request in server.requests)
+    python = next((old.home / ".local/share/llorch/pool/python").glob("cpython-3.12.*/bin/python3.12"))
+    assert subprocess.run([str(python), "-c", "import ssl, venv"], timeout=30).returncode == 0
+    assert "pip failed on the pool" in done.stderr
     wait_for(lambda: not old.processes(), 10)
 
 
-def test_a_python_that_can_not_be_brought_is_said_and_nothing_stays(
-    op: Operator, new_machine: NewMachine, ground: Path, snapshot: dict[str, str]
+def test_a_python_is_carried_over_where_it_is_too_old_and_no_internet(
+    op: Operator, new_machine: NewMachine, ground: Path, snapshot: dict[str, str], mirror: tuple[Index, str]
 ) -> None:
-    environ = {
-        "PATH": bare_path(ground / "bin-none"), "UV_PYTHON_INSTALL_MIRROR": "http://127.0.0.1:9/",
-        "UV_HTTP_RETRIES": "0", "TMPDIR": str(ground / "none-tmp"),
-    }  # fmt: skip
+    server, version = mirror
+    air = old_machine(op, new_machine, ground, "air", PIP_NO_INDEX="1", UV_PYTHON_INSTALL_MIRROR="http://127.0.0.1:9/")
+    install = ("pool", "bootstrap", "air", "-y", "--source", "carry", "--extras", "none", "--json")
+    environ = {**snapshot, "UV_PYTHON_DOWNLOADS_JSON_URL": f"{server.url}/files/downloads.json"}
+    done = op.llorch(*install, timeout=300, environ=environ)
+    assert "carried over" in done.stderr and json.loads(done.stdout)[0]["python"] == version
+    current = (air.home / ".local/share/llorch/pool/current").resolve()
+    package = current / "lib/python3.12/site-packages/llorch_pool"
+    assert list(package.glob("__pycache__/rpc*.pyc")), "it would be compiled at each call"
+    assert rows(op, "pool", "devices", "-p", "air")[0]["device"] == "cpu"
+    planned = op.llorch("pool", "bootstrap", "air", "--dry-run", "--extras", "none")
+    assert f"Python {version} at {air.home}" in planned.stderr, "it would be brought again"
+    assert not list((air.home / ".local/share/llorch/pool/python").glob(".new*"))
+    wait_for(lambda: not air.processes(), 10)
+
+
+def test_a_python_that_can_not_be_brought_is_said_and_nothing_stays(
+    op: Operator, new_machine: NewMachine, ground: Path
+) -> None:
     (ground / "none-tmp").mkdir()
-    none = add_bare(op, new_machine, "none", environ)
-    done = op.llorch(
-        "pool", "bootstrap", "none", "-y", "--source", "carry", "--extras", "none",
-        timeout=300, environ=snapshot, check=1,
+    none = old_machine(
+        op, new_machine, ground, "none", TMPDIR=str(ground / "none-tmp"), UV_HTTP_RETRIES="0",
+        UV_PYTHON_INSTALL_MIRROR="http://127.0.0.1:9/",
     )  # fmt: skip
+    install = ("pool", "bootstrap", "none", "-y", "--extras", "none")
+    done = op.llorch(*install, timeout=300, check=1)
     assert "there is no Python 3.11 or newer on the pool, and uv could not download one" in done.stderr
-    assert "UV_PYTHON_INSTALL_MIRROR" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert "--source carry" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    unreachable = {"UV_PYTHON_INSTALL_MIRROR": "http://127.0.0.1:9/", "UV_HTTP_RETRIES": "0"}
+    carried = op.llorch(*install, "--source", "carry", "--wheels", "", timeout=300, environ=unreachable, check=1)
+    assert "uv could not download a Python to carry over" in carried.stderr
     wait_for(lambda: not none.processes(), 10)
     assert not list((ground / "none-tmp").iterdir()), "the folder that was unpacked is still there"
     assert not (none.home / ".local/share/llorch/pool/current").exists()

@@ -64,6 +64,8 @@ def test_a_python_that_fits_is_chosen_or_brought() -> None:
     assert plan(POOL, probe(pythons=pythons), options()).python == "/b"
     brought = plan(POOL, probe(pythons=[("3.9.1", "/c")]), options())
     assert brought.python == "" and "brought by uv" in brought.lines[0]
+    carried = plan(POOL, probe(pythons=[("3.9.1", "/c")]), options(source="carry"))
+    assert carried.python == "" and "carried over" in carried.lines[0]
 
 
 def test_wheel_tags_follow_glibc() -> None:
