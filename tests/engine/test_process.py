@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.engine.harness import prompts, request
+from tests.engine.harness import Harness, prompts, request
 from worker.engine.main import EXIT_LOAD_FAILED
 from worker.engine.protocol import (
     CancelSequence,
@@ -160,3 +160,16 @@ def test_noise_on_the_pipe_ends_it(start: Callable[..., Process]):
     process.ready()
     process.socket.sendall(b"\xff" * 64)
     assert process.process.wait(DEADLINE_S) == 0
+
+
+def test_several_engines_share_a_machine(start: Callable[..., Process], tiny_model: Callable[[str], Path]):
+    """Each may use every core; together they get through, with the tokens that one thread gives alone."""
+    work = [request(str(n), prompt, 60, temperature=1.0, seed=n) for n, prompt in enumerate(prompts(4))]
+    engines = [start("--threads", "2") for _ in range(2)]
+    expected = Harness(tiny_model("llama3")).run(*work)
+    for engine in engines:
+        assert isinstance(engine.ready(), EngineReady)
+        for item in work:
+            engine.send(item)
+    for engine in engines:
+        assert engine.until_ended("0", "1", "2", "3")[0] == expected
