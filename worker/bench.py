@@ -60,6 +60,7 @@ WORKLOADS = (
 )
 
 
+_LONG_RUN_S = 2.0
 NEWCOMER_BESIDE, NEWCOMER_PROMPT, NEWCOMER_CONTEXT = 16, 64, 600
 """The newcomer's prompt, and how many decode beside it, each behind a prompt of nearly that length."""
 
@@ -184,7 +185,9 @@ def _warm_up(contender: Contender, jobs: list[Job], threads: int) -> int:
         return threads
     seconds: dict[int, float] = {}
     for number in thread_numbers(threads):
-        seconds[number] = min(_timed(contender, jobs, number).seconds for _ in range(2))
+        seconds[number] = _timed(contender, jobs, number).seconds
+        if seconds[number] < _LONG_RUN_S:  # a short first run is mostly its own warm-up
+            seconds[number] = _timed(contender, jobs, number).seconds
     return min(seconds, key=lambda number: seconds[number])
 
 
