@@ -27,6 +27,7 @@ from llorch_wire.errors import ApiError, LlorchError
 from llorch_wire.events import encode_data
 from llorch_wire.sse import HEADERS, KEEP_ALIVE, frame
 from orchestratord.api.errors import ClientGoneError
+from orchestratord.patience import end_tasks
 from orchestratord.runtime import StreamItem
 from orchestratord.settings import Settings
 
@@ -93,9 +94,7 @@ class EventStream(EventSourceResponse):
                     self._client_left = True
                 else:
                     await self._serve(scope, left, send)
-                left.cancel()
-                first.cancel()
-                await asyncio.wait({first})
+                await end_tasks([left, first])
                 await self._source.aclose()
         finally:
             with contextlib.suppress(LlorchError):  # Redis is away: the task's own deadline and bounds take over
@@ -159,9 +158,7 @@ async def answer_or_leave(request: Request, work: Coroutine[Any, Any, T]) -> T:
         left = group.create_task(_until_disconnect(request.receive))
         working = group.create_task(_outcome(work))
         await asyncio.wait({left, working}, return_when=asyncio.FIRST_COMPLETED)
-        left.cancel()
-        if not working.done():
-            working.cancel()
+        await end_tasks([left, working])  # one cancellation alone may get lost in it
     if working.cancelled():
         raise ClientGoneError
     outcome = working.result()

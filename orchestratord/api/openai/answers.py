@@ -28,6 +28,7 @@ from orchestratord.api.openai.shapes import (
     finish_reason,
     usage_of,
 )
+from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator, StreamItem, Submitted, Tenant
 
 QUEUE_BOUND = 64
@@ -109,11 +110,15 @@ class Answer:
                         self._collect(choice, batch)
             except ApiError as error:
                 failures.append(error)
-                for other in collecting:
-                    other.cancel()
 
         async with asyncio.TaskGroup() as group:
             collecting = [group.create_task(collect(choice)) for choice in choices]
+            left = set(collecting)
+            try:
+                while left and not failures:
+                    _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await end_tasks(collecting)  # a group cancels once, which may get lost
         if failures:
             raise failures[0]
         return self._shape.whole(self.head, choices, self._usage())
@@ -244,5 +249,4 @@ class Answer:
                 else:
                     yield index, batch
         finally:
-            for task in pumps:
-                task.cancel()
+            await end_tasks(pumps)
