@@ -206,3 +206,10 @@ def test_eos_comes_from_the_generation_config_first(folder: Path):
     assert Harness(folder).ready.eos_token_ids == [1]
     edit(folder, eos_token_id=None)
     assert Harness(folder).ready.eos_token_ids == []
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 8, 9, 20])
+def test_a_very_short_context_works(folder: Path, length: int):
+    harness = Harness(folder, {"max_model_len": length})
+    assert harness.ready.context_length == length
+    assert len(harness.run(request("a", [5], 100))["a"]) == length - 1

@@ -34,6 +34,9 @@ logger = logging.getLogger("llorch.engine")
 CPU_BLOCK_TOKENS = 16
 DEFAULT_SLOTS = {"cpu": 16, "mps": 16, "cuda": 64}
 DEFAULT_BATCH_TOKENS = {"cpu": 256, "mps": 512, "cuda": 4096}
+LARGE_MODEL_PARAMETERS = 10**9
+"""On a CPU, models from here on always get all threads: beside their products a barrier is nothing, and trying out
+fewer threads would take minutes."""
 SMALL_MODEL_PARAMETERS = 10**8
 SMALL_MODEL_BATCH_TOKENS = 512
 """On a CPU, for models of fewer parameters than that: what surrounds their matrix products is spread over more tokens,
@@ -173,6 +176,8 @@ def _choose_threads(
 ) -> bool:
     """Let steps differ in their number of CPU threads, unless that would cost the label `exact`; whether it holds."""
     numbers = thread_numbers(torch.get_num_threads()) if cache.pool.device.type == "cpu" else ()
+    if _parameters(loaded) >= LARGE_MODEL_PARAMETERS:
+        numbers = numbers[:1]
     size = loaded.vocab_size, context_length
     exact = may_be_exact and forward_is_exact(runner, cache, *size, numbers)
     if may_be_exact and not exact and len(numbers) > 1:
@@ -195,10 +200,13 @@ def _load(options: EngineOptions, loaded: LoadedModel, device: torch.device) -> 
 
 
 def _batch_tokens(loaded: LoadedModel, device: torch.device) -> int:
-    parameters = sum(weight.numel() for weight in loaded.model.parameters())
-    if device.type == "cpu" and parameters < SMALL_MODEL_PARAMETERS:
+    if device.type == "cpu" and _parameters(loaded) < SMALL_MODEL_PARAMETERS:
         return SMALL_MODEL_BATCH_TOKENS
     return DEFAULT_BATCH_TOKENS[device.type]
+
+
+def _parameters(loaded: LoadedModel) -> int:
+    return sum(weight.numel() for weight in loaded.model.parameters())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from worker.engine.scheduler import Chunk
 from worker.engine.sequence import Sequence
 
 _LENGTHS = (75, 40, 9, 23)
+_SHORTEST = 8
 
 
 def forward_is_exact(
@@ -28,11 +29,12 @@ def forward_is_exact(
     """
     draw = random.Random(0)
     lengths = [length for length in _LENGTHS if length < context_length]
+    lengths.sort(reverse=True)  # the first is taken apart
     per_sequence = -(-max(lengths, default=1) // cache.block_tokens)
     if not lengths or per_sequence * len(lengths) > cache.num_blocks:
         lengths, per_sequence = [min(20, context_length - 1)], -(-20 // cache.block_tokens)
-        if per_sequence > cache.num_blocks:
-            return False
+        if per_sequence > cache.num_blocks or lengths[0] < _SHORTEST:
+            return False  # too little room to try anything
     sequences = [
         _sequence([draw.randrange(vocab_size) for _ in range(length)], range(i * per_sequence, (i + 1) * per_sequence))
         for i, length in enumerate(lengths)
@@ -42,7 +44,7 @@ def forward_is_exact(
     try:
         for number in thread_numbers or (before,):
             torch.set_num_threads(number)
-            alone = [_last(runner, [(s, 0, s.num_tokens)], 0) for s in sequences]
+            alone = [_logits(runner, (s, 0, s.num_tokens))[0] for s in sequences]
             expected = expected or alone
             if not all(map(torch.equal, alone, expected)) or not _on_every_way(runner, sequences, expected):
                 return False
@@ -53,18 +55,19 @@ def forward_is_exact(
 
 def _on_every_way(runner: ModelRunner, sequences: list[Sequence], expected: list[torch.Tensor]) -> bool:
     """Whether each sequence's logits are the `expected` ones in company, in chunks and token by token."""
-    together = [(s, 0, s.num_tokens) for s in sequences]
-    if any(not torch.equal(_last(runner, together, i), expected[i]) for i in range(len(sequences))):
+    together = _logits(runner, *((s, 0, s.num_tokens) for s in sequences))
+    if not all(map(torch.equal, together, expected)):
         return False
     first = sequences[0]
-    _last(runner, [(first, 0, first.num_tokens // 2)], 0)
-    _last(runner, [(first, first.num_tokens // 2, first.num_tokens - 4 - first.num_tokens // 2)], 0)
-    for position in range(first.num_tokens - 4, first.num_tokens - 1):
-        _last(runner, [(first, position, 1), *((s, 0, s.num_tokens) for s in sequences[1:])], 0)
-    if not torch.equal(_last(runner, [(first, first.num_tokens - 1, 1)], 0), expected[0]):
+    half, last = first.num_tokens // 2, first.num_tokens - 1
+    _logits(runner, (first, 0, half))
+    _logits(runner, (first, half, last - 3 - half))
+    for position in range(last - 3, last):
+        _logits(runner, (first, position, 1), *((s, 0, s.num_tokens) for s in sequences[1:]))
+    if not torch.equal(_logits(runner, (first, last, 1))[0], expected[0]):
         return False
-    rest = [(s, s.num_tokens - 1, 1) for s in sequences]
-    return all(torch.equal(_last(runner, rest, i), expected[i]) for i in range(len(sequences)))
+    rest = _logits(runner, *((s, s.num_tokens - 1, 1) for s in sequences))
+    return all(map(torch.equal, rest, expected))
 
 
 def _sequence(tokens: list[int], blocks: range) -> Sequence:
@@ -74,6 +77,7 @@ def _sequence(tokens: list[int], blocks: range) -> Sequence:
     return sequence
 
 
-def _last(runner: ModelRunner, parts: list[tuple[Sequence, int, int]], index: int) -> torch.Tensor:
+def _logits(runner: ModelRunner, *parts: tuple[Sequence, int, int]) -> list[torch.Tensor]:
+    """Logits behind each part (sequence, first token, tokens), all of them in one pass."""
     logits, _ = runner.forward([Chunk(sequence, start, count, True) for sequence, start, count in parts])
-    return logits[index].clone()
+    return list(logits[: len(parts)].clone())
