@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -173,3 +174,24 @@ def test_completion_script(shell: str, capsys: pytest.CaptureFixture[str]) -> No
         raise SystemExit(cli.main(["completion", "show", shell]))
     assert not ended.value.code
     assert "_LLORCH_COMPLETE" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_said_in_words() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "llorch", "config", "show"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_closed_streams_are_no_reason_to_fail() -> None:
+    command = f"{sys.executable} -m llorch config show >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 0
+
+
+def test_the_reader_of_a_pipe_may_leave() -> None:
+    command = f"{sys.executable} -m llorch --help | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("Usage: llorch") and done.stderr == ""
