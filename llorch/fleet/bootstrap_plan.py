@@ -176,7 +176,12 @@ def _torch_build(pool: Pool, probe: Probe, options: Options) -> str:
         return options.torch if options.torch != "auto" else "cpu"
     if not probe.driver:
         return "cpu"
-    major = int(probe.driver.partition(".")[0]) if probe.driver.partition(".")[0].isdigit() else 0
+    if not re.fullmatch(r"\d+(\.\d+)*", probe.driver):  # nvidia-smi says on stdout what is wrong
+        raise CliError(
+            f"{pool.name}: its NVIDIA driver does not answer: {probe.driver[:200]}",
+            next_step="`nvidia-smi` there shows why (often a reboot is due); --torch cpu runs on its CPU",
+        )
+    major = int(probe.driver.partition(".")[0])
     for oldest, build, _ in TORCH_BUILDS:
         if major >= oldest:
             return build

@@ -59,6 +59,14 @@ def test_an_old_driver_is_refused_and_the_cpu_offered() -> None:
     assert plan(POOL, probe(driver="470.82"), options(torch="cpu")).torch_build == "cpu"
 
 
+def test_a_driver_that_does_not_answer_is_no_old_one() -> None:
+    said = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+    with pytest.raises(CliError, match="does not answer: NVIDIA-SMI has failed") as caught:
+        plan(POOL, probe(driver=said), options())
+    assert "--torch cpu" in caught.value.next_step
+    assert plan(POOL, probe(driver=said), options(torch="cpu")).torch_build == "cpu"
+
+
 def test_a_python_that_fits_is_chosen_or_brought() -> None:
     pythons = [("3.14.0", "/a"), ("3.13.2", "/b"), ("3.9.1", "/c")]
     assert plan(POOL, probe(pythons=pythons), options()).python == "/b"
