@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shlex
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def finish(process: subprocess.Popen[bytes], patience_s: float = 1.0) -> int | N
     close_quietly(process.stdin)
     status: int | None = None
     try:
-        status = process.wait(patience_s)
+        status = _ended(process, patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -166,3 +167,16 @@ def finish(process: subprocess.Popen[bytes], patience_s: float = 1.0) -> int | N
     close_quietly(process.stdout)
     close_quietly(process.stderr)
     return status
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """The status, as soon as there is one. (Popen.wait looks now and then; a pidfd tells.) Raises TimeoutExpired."""
+    if hasattr(os, "pidfd_open") and process.poll() is None:
+        with contextlib.suppress(OSError):  # a kernel before 5.3
+            handle = os.pidfd_open(process.pid)
+            try:
+                select.select([handle], [], [], seconds)
+                seconds = 0.0
+            finally:
+                os.close(handle)
+    return process.wait(seconds)

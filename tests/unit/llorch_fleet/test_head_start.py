@@ -113,3 +113,11 @@ def test_plumbum_comes_without_an_http_client() -> None:
         "import urllib.request; urllib.request.Request"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_process_is_seen_off_when_it_ends_and_killed_when_it_does_not() -> None:
+    pipe = subprocess.PIPE
+    ends = subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert connection.finish(ends, 20) == 7
+    stays = subprocess.Popen(["sleep", "60"], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert connection.finish(stays, 0.1) is None and stays.returncode == -9
