@@ -269,7 +269,6 @@ def test_a_job_is_json_and_an_exception_shows_its_type_only() -> None:
     }
 
 
-@pytest.mark.slow
 async def test_a_webhook_outlives_the_replica_that_was_sending_it(
     start: Callable[..., Any],
     receiver: Receiver,

@@ -9,7 +9,7 @@ import pytest
 
 from orchestratord.redis_server import NoRedisServerError, find_server
 
-QUICK = frozenset({"test_suite.py", "test_verdict.py"})
+QUICK = frozenset({"test_fairness.py", "test_forecast.py", "test_restart.py", "test_suite.py", "test_verdict.py"})
 """Belong to `make test`. What takes minutes more, and shows the same at greater length, is left to `make chaos`."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from pathlib import Path
 
 from tests.chaos.support import redis_sets
@@ -13,6 +12,8 @@ from tests.chaos.support.town import Plan, town_of
 
 WEIGHTS = {"calm": 1.0, "heavy": 2.0, "flood": 1.0}
 TOKENS = 30
+SECONDS = 5.0
+"""Of each of four phases."""
 
 
 async def test_each_well_behaved_tenant_gets_its_fair_share(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ async def test_each_well_behaved_tenant_gets_its_fair_share(tmp_path: Path) -> N
             async with running(flood, calm, heavy):
                 await until_served(tenants, 40 * TOKENS)
                 before = await tenants.generated()
-                await until_served(tenants, sum(before.values()) + 200 * TOKENS)
+                await until_served(tenants, sum(before.values()) + 180 * TOKENS)
                 after = await tenants.generated()
     served = {name: after[name] - before[name] for name in WEIGHTS}
     total = sum(served.values())
@@ -45,36 +46,30 @@ async def until_served(tenants: Tenants, tokens: int) -> None:
 
 
 async def test_interactive_work_hardly_waits_longer_beside_a_batch_flood(tmp_path: Path) -> None:
-    """Interactive tasks fill seven tenths of what the slots were measured to serve, so that now and then they wait for
-    each other. With and without the flood by turns, over the same arrivals: what else the machine does hits both."""
+    """Interactive tasks fill four fifths of the slots, by their tokens alone, so that they wait for each other.
+
+    With and without the flood by turns, over the same arrivals: what else the machine does hits both, and a slow one
+    only makes both wait longer. What depends on no machine is shown, at every load, by
+    `tests/unit/orchestratord/test_beside_batch.py`.
+    """
     plan = Plan(replicas=2, workers=2, slots=4, token_ms=20, env=keys({"people": 1, "machines": 1}))
+    per_s = 0.8 * plan.workers * plan.slots * 1000 / (TOKENS * plan.token_ms)
     waits: dict[bool, list[int]] = {False: [], True: []}
     with redis_sets.plain() as redis:
         async with town_of(redis, plan, tmp_path) as town:
             tenants = Tenants(town)
-            per_s = 0.7 * await capacity_per_s(tenants)
-            for seed, flooded in [(5, False), (5, True), (6, False), (6, True)]:
+            for seed, flooded in [(5, False), (5, True), (6, True), (6, False)]:
                 await until_idle(tenants)
                 flood = tenants.closed_loop("machines", 60 * flooded, max_tokens=4 * TOKENS, priority="batch")
                 async with running(flood):
                     await until_served(tenants, sum((await tenants.generated()).values()) + 4 * TOKENS * flooded)
-                    await tenants.open_loop("people", per_s, 20.0, seed, waits[flooded], max_tokens=TOKENS)
+                    await tenants.open_loop("people", per_s, SECONDS, seed, waits[flooded], max_tokens=TOKENS)
             batch_tokens = (await tenants.generated())["machines"]
-    assert len(waits[False]) == len(waits[True]) > 100 and batch_tokens > 1000
+    assert len(waits[False]) == len(waits[True]) > 50 and batch_tokens > 500
     p95 = {flooded: statistics.quantiles(each, n=20)[-1] for flooded, each in waits.items()}
     print(f"wait of {len(waits[True])} tasks: p95 {p95[False]:.0f} ms alone, {p95[True]:.0f} ms beside a flood")
     print(f"{batch_tokens} tokens of batch work were generated meanwhile")
     assert p95[True] <= 1.5 * p95[False], p95
-
-
-async def capacity_per_s(tenants: Tenants) -> float:
-    """Interactive tasks a second that the workers serve when there are always more."""
-    async with running(tenants.closed_loop("people", 16, max_tokens=TOKENS)):
-        await until_served(tenants, 16 * TOKENS)
-        begun, before = time.monotonic(), sum((await tenants.generated()).values())
-        await until_served(tenants, before + 64 * TOKENS)
-        served = sum((await tenants.generated()).values()) - before
-        return served / TOKENS / (time.monotonic() - begun)
 
 
 async def until_idle(tenants: Tenants) -> None:

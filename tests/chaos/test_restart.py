@@ -22,8 +22,13 @@ async def test_sessions_keep_their_worker_and_drained_workers_stay_drained(tmp_p
         async with town_of(redis, PLAN, tmp_path) as town:
             tenants = Tenants(town)
             assert (await town.operate(f"/v2/workers/{DRAINED}/drain", {"deadline_ms": 60_000}))["state"] == "draining"
-            before = await served_by(tenants)
-            assert DRAINED not in before.values() and len(set(before.values())) == 2
+            before = {f"session-{number}": f"worker{number % 2}" for number in range(SESSIONS)}
+            for session, worker in before.items():
+                pinned = {"mode": "pin", "pin_worker": worker}
+                await tenants.end_of(
+                    "acme", await tenants.submit("acme", max_tokens=5, session_id=session, placement=pinned)
+                )
+            assert await served_by(tenants) == before, "without a pin, a session stays where it began"
             running = [await tenants.submit("acme", max_tokens=150, seed=seed) for seed in range(6)]
             await until_running(tenants, len(running))
 
