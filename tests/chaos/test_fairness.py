@@ -6,6 +6,8 @@ import asyncio
 import statistics
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.support import redis_sets
 from tests.chaos.support.loads import Tenants, keys, running
 from tests.chaos.support.town import Plan, town_of
@@ -45,6 +47,7 @@ async def until_served(tenants: Tenants, tokens: int) -> None:
             await asyncio.sleep(0.1)
 
 
+@pytest.mark.slow  # it compares times, which other work on the machine may move
 async def test_interactive_work_hardly_waits_longer_beside_a_batch_flood(tmp_path: Path) -> None:
     """Interactive tasks fill four fifths of the slots, by their tokens alone, so that they wait for each other.
 
