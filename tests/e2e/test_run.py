@@ -180,7 +180,7 @@ def test_status_queue_and_workers(stack: Stack) -> None:
         (["run", "--raw", "nul\\0"], 0, ""),
         (["task", "show", "banana"], 2, "must be a UUID"),
         (["task", "show", "00000000-0000-4000-8000-000000000000"], 1, "NOT_FOUND"),
-        (["worker", "drain", "nobody"], 1, "NOT_FOUND"),
+        (["worker", "drain", "nobody"], 1, "no worker 'nobody' is registered"),
         (["run", "--stop", "", "hi"], 2, "stop"),
     ],
 )
