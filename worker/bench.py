@@ -61,8 +61,8 @@ WORKLOADS = (
 
 
 _LONG_RUN_S = 2.0
-NEWCOMER_BESIDE, NEWCOMER_PROMPT, NEWCOMER_CONTEXT = 16, 64, 600
-"""The newcomer's prompt, and how many decode beside it, each behind a prompt of nearly that length."""
+NEWCOMER_BESIDE, NEWCOMER_PROMPT, NEWCOMER_CONTEXT = 16, 64, 500
+"""The newcomer's prompt, and how many decode beside it, each behind a prompt of that length."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -134,9 +134,11 @@ def _contenders(folder: Path, args: argparse.Namespace) -> tuple[list[Contender]
     """Those that run here, ours first, and why the others don't."""
     from worker.engine import contenders as c
     from worker.engine.assemble import EngineOptions
+    from worker.engine.newcomer import TOKENS_A_NEWCOMER
 
     slots = max(NEWCOMER_BESIDE + 1, *(w.batch for w in args.workloads))
-    context = max(NEWCOMER_CONTEXT, *(w.prompt[1] + w.answer[1] for w in args.workloads))
+    newcomers = NEWCOMER_CONTEXT + (args.rounds + 2) * TOKENS_A_NEWCOMER
+    context = max(newcomers, *(w.prompt[1] + w.answer[1] for w in args.workloads))
     options = EngineOptions(model_dir=folder, device="cpu", slots=slots, max_model_len=context + 1)
     ready: list[Contender] = [c.LlorchEngine(options)]
     absent: dict[str, str] = {}
@@ -203,13 +205,13 @@ def _timed(contender: Contender, jobs: list[Job], threads: int) -> Run:
 
 def _newcomer(ours: LlorchEngine, rounds: int) -> dict[str, Any]:
     """Medians over the rounds of how long a newcomer waits for its first token while others decode a long text."""
-    beside = Workload("", NEWCOMER_BESIDE, (NEWCOMER_CONTEXT - 40, NEWCOMER_CONTEXT - 40), (1, 1))
-    alone = Workload("", 1, (NEWCOMER_PROMPT, NEWCOMER_PROMPT), (1, 1))
-    vocab_size = ours.ready.vocab_size
-    runs = [
-        ours.newcomer(beside.jobs(vocab_size, seed=number), alone.jobs(vocab_size, seed=number + 1)[0])
-        for number in range(rounds + 1)
-    ][1:]  # the first one warms up
+    draw = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return [draw.randrange(3, ours.ready.vocab_size) for _ in range(length)]
+
+    beside = [prompt(NEWCOMER_CONTEXT) for _ in range(NEWCOMER_BESIDE)]
+    runs = ours.newcomers(beside, [prompt(NEWCOMER_PROMPT) for _ in range(rounds + 1)])[1:]  # the first one warms up
     return {
         "beside": NEWCOMER_BESIDE,
         "prompt": NEWCOMER_PROMPT,

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from worker.engine.assemble import EngineOptions, build_engine
-from worker.engine.newcomer import NewcomerRun, Stepper, measure_newcomer
+from worker.engine.newcomer import NewcomerRun, Stepper, measure_newcomers
 from worker.engine.protocol import AddSequence, CancelSequence, FromEngine, SamplingSpec, StepOutput
 
 
@@ -89,15 +89,13 @@ class LlorchEngine:
             between_tokens_s=[b - a for line in times for a, b in pairwise(line)],
         )
 
-    def newcomer(self, running: list[Job], job: Job) -> NewcomerRun:
-        """How long `job` waits for its first token beside `running`; they are cancelled afterwards."""
+    def newcomers(self, running: list[list[int]], prompts: list[list[int]]) -> list[NewcomerRun]:
+        """How long each of `prompts` waits for its first token beside `running`, which are cancelled afterwards."""
         self._runs += 1
-        run = measure_newcomer(
-            self._loop.step, self._channel, [other.prompt for other in running], job.prompt, salt=str(self._runs)
-        )
+        runs = measure_newcomers(self._loop.step, self._channel, running, prompts, salt=str(self._runs))
         self._channel.inbox.extend(CancelSequence(sequence_id=name) for name in self._channel.tokens)
         self._loop.run()
-        return run
+        return runs
 
     def close(self) -> None:
         """Nothing runs between runs."""
