@@ -191,6 +191,10 @@ class ScriptedWorker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         if self._runner is not None:
+            for site in list(self._runner.sites):
+                await site.stop()
+            for _ in range(3):  # a connection that was just accepted gets its handler in the loop's next turns
+                await asyncio.sleep(0)
             for handler in list(self._runner.server.connections if self._runner.server else ()):
                 if handler.transport is not None:
                     handler.transport.abort()
