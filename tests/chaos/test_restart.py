@@ -38,6 +38,7 @@ async def test_sessions_keep_their_worker_and_drained_workers_stay_drained(tmp_p
             await asyncio.to_thread(redis.servers[0].start)
             for part in town.parts:
                 part.spawn()
+            await until_ready(tenants)
             await until_states(tenants, {"worker0": "ready", "worker1": "ready", DRAINED: "draining"})
 
             for seed, task_id in enumerate(running):
@@ -76,6 +77,20 @@ async def until_running(tenants: Tenants, count: int) -> None:
             if sum(task.tokens_logged > 5 for page in pages for task in page) >= count:
                 return
             await asyncio.sleep(0.05)
+
+
+async def until_ready(tenants: Tenants) -> None:
+    """Wait until every replica takes requests."""
+    async with asyncio.timeout(60):
+        for url in tenants.town.urls:
+            while True:
+                try:
+                    async with tenants.town.session.get(f"{url}/ready") as reply:
+                        if reply.status == 200:
+                            break
+                except OSError:
+                    pass
+                await asyncio.sleep(0.1)
 
 
 async def until_states(tenants: Tenants, wanted: dict[str, str]) -> None:
