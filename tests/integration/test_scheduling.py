@@ -11,6 +11,7 @@ import pytest
 
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.events import EndEvent, QueuedEvent
+from orchestratord.patience import end_tasks
 from orchestratord.runtime import Tenant
 from orchestratord.store.types import QueueLimits, TaskRecord
 from tests.integration.house import TENANT, Town, read_all, tokens_of, until
@@ -76,9 +77,8 @@ async def test_batch_is_brought_on_by_its_age_and_not_before(town: Town) -> None
     aging = await town.replica(age_limit_ms=500)
     assert tokens_of(await read_all(aging.follow(batch, TENANT))) == expected(3, 10, ignore_eos=True)[0]
     await until(lambda: served > before + 20, "they go on coming")
-    for one in crowd:
-        one.cancel()
-    assert not any(isinstance(end, Exception) for end in await asyncio.gather(*crowd, return_exceptions=True))
+    await end_tasks(crowd)  # one cancellation alone may get lost
+    assert all(one.cancelled() or one.exception() is None for one in crowd)
 
 
 async def test_a_hopeless_deadline_is_refused_and_batch_that_will_yield_makes_none_hopeless(town: Town) -> None:
