@@ -15,6 +15,7 @@ from orchestratord.jobs.retention import Retention
 from orchestratord.jobs.runner import Jobs
 from orchestratord.jobs.webhooks import WebhookPolicy, Webhooks
 from orchestratord.observations import Observations
+from orchestratord.patience import end_tasks
 from orchestratord.store.errors import StoreUrlError
 from tests.api.harness import DEADLINE_S, until
 from tests.api.test_jobs import SECRET, Receiver
@@ -40,9 +41,7 @@ async def working(*all_jobs: Jobs) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        for one in running:
-            one.cancel()
-        await asyncio.wait(running, timeout=DEADLINE_S)
+        await end_tasks(running)
 
 
 async def jobs_of(town: Town, url: str, retention: Retention | None = None) -> Jobs:

@@ -17,10 +17,11 @@ from orchestratord.jobs.retention import PAGE, Retention
 from orchestratord.jobs.runner import Jobs
 from orchestratord.jobs.webhooks import WebhookPolicy, Webhooks
 from orchestratord.observations import Observations
+from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator
 from orchestratord.store.store import Store
 from tests.api.harness import serving
-from tests.integration.house import DEADLINE_S, TENANT, RedisProcess, Town, check_stream, read_all, until
+from tests.integration.house import TENANT, RedisProcess, Town, check_stream, read_all, until
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.redis_work import Work, counted
 from tests.support.seeding import MODEL, seed_finished
@@ -93,9 +94,7 @@ async def retaining(town: Town, store: Store, *, keep_count: int) -> AsyncGenera
     try:
         yield observations
     finally:
-        for part in parts:
-            part.cancel()
-        await asyncio.wait(parts, timeout=DEADLINE_S)
+        await end_tasks(parts)
         await redis.aclose(close_connection_pool=True)
 
 
@@ -193,8 +192,7 @@ async def test_finished_tasks_by_the_thousand(town: Town, server: RedisServer, c
         await until(
             lambda: len(served) >= before + 20 and observations.counters["tasks_retired", ""] > 0, "tasks go on"
         )
-        for task in serving_new:
-            task.cancel()
+        await end_tasks(serving_new)
     print(f"{count} tasks, {(full - empty) / count:.0f} bytes each, dropped in {took_s:.0f} s; {len(served)} served")
     assert memory_of(server) - empty <= (full - empty) * (0.05 + keep / count) * 1.25
     await nothing_is_left_of(server, first)

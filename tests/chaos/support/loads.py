@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 
 from llorch_wire.sse import SseParser
+from orchestratord.patience import end_tasks
 from tests.chaos.support.town import ADMIN_KEY, SCRIPTED, WORKER_KEY, Town
 
 
@@ -128,5 +129,4 @@ async def running(*work: Any) -> Any:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one) for one in work]
         yield
-        for task in tasks:
-            task.cancel()
+        await end_tasks(tasks)  # a group waits for them, and one cancellation alone may get lost
