@@ -37,7 +37,8 @@ from demo_lexicon import (
     Pronouns,
     Thing,
 )
-from demo_plots import DAYS, FEARS, NAMED_OPENINGS, OPENINGS, PLOTS, SHORT_PLOTS, SKILLS, UNNAMED_OPENINGS, Plot
+from demo_plot import Plot
+from demo_plots import DAYS, FEARS, NAMED_OPENINGS, OPENINGS, PLOTS, SHORT_PLOTS, SKILLS, UNNAMED_OPENINGS
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
