@@ -26,6 +26,7 @@ say end 1
 """
 """What the machine is. Prints `llorch-probe:<name>=<value>` lines; anything else is a banner."""
 
+# mktemp puts random letters where the template has an X.
 STAGE = r"""
 umask 077
 dir=$(mktemp -d "${TMPDIR:-/tmp}/llorch-bootstrap.XXXXXX") || exit 73

@@ -51,8 +51,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
 
-    # uvicorn narrows asyncio's BaseTransport in the same way.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock for the first request's head."""
         super().connection_made(transport)
         limit = self.config.limit_concurrency
@@ -81,8 +80,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins; hand the app a way to cut this connection at once."""
         super().on_message_begin()
-        # ASGI lets servers put anything under an extension's name; uvicorn's type only knows dicts there.
-        self.scope["extensions"] = {"llorch.abort": self.transport.abort}  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {"llorch.connection": {"abort": self.transport.abort}}
 
     def on_headers_complete(self) -> None:
         """The head is complete: from here the body's own bounds count."""

@@ -114,7 +114,7 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             self._client_left = True
-            abort = scope.get("extensions", {}).get("llorch.abort")
+            abort = scope.get("extensions", {}).get("llorch.connection", {}).get("abort")
             if abort is not None:
                 abort()  # closing would wait for the very bytes that this reader doesn't take
 

@@ -56,7 +56,7 @@ async def receiver() -> AsyncIterator[Receiver]:
     await served.setup()
     site = web.TCPSite(served, "127.0.0.1", 0)
     await site.start()
-    receiver.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/hook"  # type: ignore[union-attr]
+    receiver.url = f"http://127.0.0.1:{served.addresses[0][1]}/hook"
     yield receiver
     if receiver.hold is not None:
         receiver.hold.set()

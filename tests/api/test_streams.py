@@ -14,7 +14,7 @@ import pytest
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.events import ErrorEvent, TokenEvent
 from llorch_wire.sse import SseFrame, SseParser
-from orchestratord.runtime import StreamItem
+from orchestratord.runtime import StreamItem, Tenant
 from orchestratord.settings import Settings
 from tests.api.harness import MemoryOrchestrator, golden, serving, until
 
@@ -133,7 +133,9 @@ async def test_a_reader_that_takes_nothing_is_cut_off() -> None:
     """Its connection is cut in mid-body, not closed: closing would wait for the bytes that it never takes."""
 
     class Flood(MemoryOrchestrator):
-        async def follow(self, task_id, tenant, after=None):  # type: ignore[no-untyped-def,override]
+        async def follow(
+            self, task_id: str, tenant: Tenant | None, after: str | None = None
+        ) -> AsyncIterator[list[StreamItem]]:
             for index in range(100_000):
                 yield [StreamItem(TokenEvent(t="x" * 4096, i=index, id=1), f"1-{index + 1}")]
 

@@ -44,8 +44,9 @@ async def test_sessions_keep_their_worker_and_drained_workers_stay_drained(tmp_p
             for seed, task_id in enumerate(running):
                 end = await tenants.end_of("acme", task_id)
                 assert (end["stop_reason"], end["tokens_out"]) == ("MAX_TOKENS", 150)
-                tokens = [token async for token in tokens_of(tenants, task_id)]
-                assert tokens == [token.id for token in expected(seed, 150, ignore_eos=True)[0]]
+                assert await tokens_of(tenants, task_id) == [
+                    token.id for token in expected(seed, 150, ignore_eos=True)[0]
+                ]
             assert await served_by(tenants) == before
             await until_states(tenants, {"worker0": "ready", "worker1": "ready", DRAINED: "draining"})
             assert await town.store.audit() == []
@@ -63,10 +64,9 @@ async def served_by(tenants: Tenants) -> dict[str, str]:
     return served
 
 
-async def tokens_of(tenants: Tenants, task_id: str):  # type: ignore[no-untyped-def]
-    for entry in await tenants.town.store.read_log(task_id):
-        for token in entry.tokens:
-            yield token.id
+async def tokens_of(tenants: Tenants, task_id: str) -> list[int]:
+    """Ids of the tokens in a task's log."""
+    return [token.id for entry in await tenants.town.store.read_log(task_id) for token in entry.tokens]
 
 
 async def until_running(tenants: Tenants, count: int) -> None:

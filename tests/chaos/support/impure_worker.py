@@ -12,6 +12,7 @@ from typing import Any
 
 from llorch_wire.events import TokenEvent
 from llorch_wire.worker import ExecuteRequest
+from tests.chaos.support.replacing import replace
 from tests.support import scripted_worker
 from tests.support.scripted_worker import Generation, ScriptedWorker, main
 
@@ -32,7 +33,7 @@ def spoil() -> None:
         return generation
 
     scripted_worker.token = own_token
-    ScriptedWorker._begin = begin_with_any  # type: ignore[method-assign]
+    replace(ScriptedWorker, _begin=begin_with_any)
 
 
 def _run() -> Any:

@@ -24,6 +24,7 @@ from orchestratord.replicas import Replicas
 from orchestratord.store.store import Store
 from orchestratord.store.types import TokenBatch
 from orchestratord.values import StreamItem
+from tests.chaos.support.replacing import replace
 
 
 def none() -> None:
@@ -36,7 +37,7 @@ def disowning() -> None:
     def stop_disowned(_self: Relays, _task_id: str, _attempt: int) -> bool:
         return False
 
-    Relays.stop_disowned = stop_disowned  # type: ignore[method-assign]
+    replace(Relays, stop_disowned=stop_disowned)
 
 
 def persist_before_forward() -> None:
@@ -50,7 +51,7 @@ def persist_before_forward() -> None:
         task.add_done_callback(lambda done: (under_way.discard(done), done.exception()))
         return "appended"
 
-    Committer.append = forward_first  # type: ignore[method-assign, assignment]
+    replace(Committer, append=forward_first)
 
 
 def adoption() -> None:
@@ -62,8 +63,8 @@ def adoption() -> None:
     async def reconcile(_self: Replicas, **_: Any) -> None:
         return None
 
-    Recovery.adopt = adopt  # type: ignore[method-assign]
-    Replicas._reconcile = reconcile  # type: ignore[method-assign, assignment]
+    replace(Recovery, adopt=adopt)
+    replace(Replicas, _reconcile=reconcile)
 
 
 def attempt_fencing() -> None:
@@ -85,7 +86,7 @@ def attempt_fencing() -> None:
     async def requeue_any(self: Store, task_id: str, attempt: int, *args: Any, **options: Any) -> Any:
         return await requeue(self, task_id, await present(self, task_id, attempt), *args, **options)
 
-    Store.append, Store.complete, Store.requeue = append_any, complete_any, requeue_any  # type: ignore[method-assign]
+    replace(Store, append=append_any, complete=complete_any, requeue=requeue_any)
 
 
 def overlap_stripping() -> None:
@@ -98,7 +99,7 @@ def overlap_stripping() -> None:
             self.next_index = tokens[-1].i + 1
         return items
 
-    Cursor.fresh_tokens = fresh_tokens  # type: ignore[method-assign]
+    replace(Cursor, fresh_tokens=fresh_tokens)
 
 
 def same_seed() -> None:
@@ -111,7 +112,7 @@ def same_seed() -> None:
             request |= {"seed": request["seed"] + self.task.attempt}
         return msgspec.json.encode(request)
 
-    Relay._body = reseeded  # type: ignore[method-assign]
+    replace(Relay, _body=reseeded)
 
 
 MECHANISMS: dict[str, Callable[[], None]] = {
