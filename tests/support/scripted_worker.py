@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import uuid
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from llorch_wire.events import (
 )
 from llorch_wire.sse import HEADERS, KEEP_ALIVE, MEDIA_TYPE, frame
 from llorch_wire.worker import AckRequest, CancelRequest, DrainRequest, ExecuteRequest
+from orchestratord.patience import end_tasks
 
 VOCABULARY = 4_096
 EOS_ID = 2
@@ -177,23 +179,22 @@ class ScriptedWorker:
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.0, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self.host, self.port)
-        await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        self._listener = socket.create_server((self.host, self.port))
+        self.port = self._listener.getsockname()[1]
+        await web.SockSite(self._runner, self._listener).start()
         self._tasks = [asyncio.create_task(self._engine()), asyncio.create_task(self._grace())]
         if self.heartbeats:
             self._tasks.append(asyncio.create_task(self._beat()))
 
     async def die(self) -> None:
         """As by SIGKILL: nothing is said, every connection breaks, everything is forgotten."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         self._tasks = []
         if self._runner is not None:
-            for site in list(self._runner.sites):
-                await site.stop()
-            for _ in range(3):  # a connection that was just accepted gets its handler in the loop's next turns
+            # No new ones, then what was just accepted gets its handler: before Python 3.12 a connection whose server is
+            # closed in between is lost with its socket open.
+            asyncio.get_running_loop().remove_reader(self._listener)
+            for _ in range(3):
                 await asyncio.sleep(0)
             for handler in list(self._runner.server.connections if self._runner.server else ()):
                 if handler.transport is not None:
