@@ -60,10 +60,10 @@ async def test_everything_on_the_list_is_there_and_counts(town: Town) -> None:
     await town.finished(urgent)
     assert second.counts["tokens"] > 0
     await one.cancel(batch, None)
-    two = await town.replica()
-    others = Metrics(two.observations)
-    running = [await town.submit(at=one, max_tokens=900, ignore_eos=True) for _ in range(2)]
+    running = [await town.submit(max_tokens=4_000, ignore_eos=True) for _ in range(2)]
     await until(lambda: len(one._house.relays) >= 2, "the first replica relays them")
+    two = await town.replica()  # only now: any replica claims what is queued
+    others = Metrics(two.observations)
     families = await scraped(one, metrics)
     await town.kill(one)
     for task_id in running:
