@@ -57,12 +57,13 @@ def _head_start(arguments: Sequence[str]) -> Generator[None]:
     if len(arguments) < 4 or arguments[0].removesuffix("s") not in ("worker", "model", "pool"):
         yield
         return
-    from llorch_wire.quick_start import import_msgspec
-
-    import_msgspec()
     from llorch.fleet.head_start import begun
 
     with begun(arguments):
+        # From here on the pool is loading too: what else this program needs costs no time.
+        from llorch_wire.quick_start import import_msgspec
+
+        import_msgspec()
         yield
 
 

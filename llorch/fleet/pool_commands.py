@@ -103,8 +103,6 @@ def _pin(pool: Pool, fingerprint: str, *, yes: bool) -> Pool:
     """The pool with its host key pinned, after it was shown and agreed to. Raises AccessProblem."""
     import sys
 
-    import msgspec
-
     from llorch.fleet.host_keys import offered
 
     registry = open_registry()
@@ -123,7 +121,7 @@ def _pin(pool: Pool, fingerprint: str, *, yes: bool) -> Pool:
             )
         confirm("Is that the machine's key?", yes=False)
     registry.pin(pool.key_alias, [key.key])
-    return msgspec.structs.replace(pool, host_key=key.fingerprint)
+    return pool._replace(host_key=key.fingerprint)
 
 
 def _try(name: str) -> None:
@@ -150,10 +148,8 @@ def _try(name: str) -> None:
 @pool_app.command("list")
 def list_pools(output: OutputOption = None, as_json: JsonOption = False) -> None:
     """List the pools that are known here. Nothing is connected to."""
-    import msgspec
-
     form = chosen(output, as_json)
-    rows = [{**msgspec.to_builtins(pool), "address": pool.address} for _, pool in sorted(open_registry().all().items())]
+    rows = [{**pool._asdict(), "address": pool.address} for _, pool in sorted(open_registry().all().items())]
     emit(rows, COLUMNS, form)
 
 

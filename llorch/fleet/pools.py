@@ -1,20 +1,21 @@
 """The pools that this operator knows: `$XDG_CONFIG_HOME/llorch/pools.json`, and pinned host keys beside it.
 
 Written atomically under a lock, so that two commands at once don't lose each other's change. Read `Pools` first.
+What it imports is loaded before a command's connection starts (see llorch.fleet.head_start): plain json, no msgspec.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-
-import msgspec
+from typing import Any, NamedTuple
 
 from llorch.config import config_home
 from llorch.errors import CliError, UsageProblem
@@ -25,7 +26,7 @@ _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@\\-]{0,63}")
 LOCK_DEADLINE_S = 10.0
 
 
-class Pool(msgspec.Struct, frozen=True, kw_only=True):
+class Pool(NamedTuple):
     """One machine. `host` may be a name from ~/.ssh/config; `command` is how llorch-pool is started there."""
 
     name: str
@@ -53,9 +54,26 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
         return f"llorch-pool-{self.name}"
 
 
-class _File(msgspec.Struct, frozen=True, kw_only=True):
-    version: int = 1
-    pools: dict[str, Pool] = {}
+def _decoded(content: bytes) -> dict[str, Pool]:
+    """The pools of a file; what this version doesn't know is left out. Raises ValueError that names what is wrong."""
+    document: Any = json.loads(content)
+    found: Any = document.get("pools", {}) if isinstance(document, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError("it must be an object with an object `pools`")
+    return {name: _pool(name, fields) for name, fields in found.items()}
+
+
+def _pool(name: str, fields: Any) -> Pool:
+    if not isinstance(fields, dict):
+        raise ValueError(f"pools.{name} must be an object")
+    known = {key: value for key, value in fields.items() if key in Pool._fields}
+    for key in Pool._fields:
+        default = Pool._field_defaults.get(key, "")
+        if key not in known and key not in Pool._field_defaults:
+            raise ValueError(f"pools.{name}.{key} is missing")
+        if type(known.get(key, default)) is not type(default):
+            raise ValueError(f"pools.{name}.{key} must be a {'string' if isinstance(default, str) else 'number'}")
+    return Pool(**known)
 
 
 class Pools:
@@ -78,10 +96,10 @@ class Pools:
     def all(self) -> dict[str, Pool]:
         """Every pool by name. Raises CliError for a file that can't be read."""
         try:
-            return msgspec.json.decode(self.file.read_bytes(), type=_File).pools
+            return _decoded(self.file.read_bytes())
         except FileNotFoundError:
             return {}
-        except (msgspec.MsgspecError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise CliError(f"{self.file} can't be read: {error}", next_step=f"correct or remove {self.file}") from error
 
     def get(self, name: str) -> Pool:
@@ -115,7 +133,7 @@ class Pools:
         """Change fields of a pool, if it is still there."""
 
         def changed(pools: dict[str, Pool]) -> dict[str, Pool]:
-            return pools | {name: msgspec.structs.replace(pools[name], **changes)} if name in pools else pools
+            return pools | {name: pools[name]._replace(**changes)} if name in pools else pools
 
         self._change(changed)
 
@@ -138,8 +156,8 @@ class Pools:
 
     def _change(self, change: Callable[[dict[str, Pool]], dict[str, Pool]]) -> None:
         with self._locked():
-            content = msgspec.json.format(msgspec.json.encode(_File(pools=change(self.all()))))
-            self._write(self.file, content.decode() + "\n")
+            pools = {name: pool._asdict() for name, pool in change(self.all()).items()}
+            self._write(self.file, json.dumps({"version": 1, "pools": pools}, indent=2, ensure_ascii=False) + "\n")
 
     @contextlib.contextmanager
     def _locked(self) -> Generator[None]:

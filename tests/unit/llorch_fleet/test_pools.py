@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -80,8 +82,37 @@ def test_a_pin_replaces_the_old_one_and_leaves_others(tmp_path: Path) -> None:
     assert pools.known_hosts.read_text() == "llorch-pool-ab ssh-ed25519 CCC\n" and pools.all() == {}
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("\xff", "Expecting"),
+        ("[]", "an object `pools`"),
+        ('{"pools": []}', "an object `pools`"),
+        ('{"pools": {"a": 1}}', r"pools\.a must be an object"),
+        ('{"pools": {"a": {"name": "a"}}}', r"pools\.a\.host is missing"),
+        ('{"pools": {"a": {"name": "a", "host": null}}}', r"pools\.a\.host must be a string"),
+        ('{"pools": {"a": {"name": "a", "host": "h", "port": "22"}}}', r"pools\.a\.port must be a number"),
+        ('{"pools": {"a": {"name": "a", "host": "h", "port": true}}}', r"pools\.a\.port must be a number"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, content: str, reason: str) -> None:
     pools = Pools(tmp_path)
-    pools.file.write_text("{")
-    with pytest.raises(CliError, match=r"pools\.json can't be read"):
+    pools.file.write_text(content)
+    with pytest.raises(CliError, match=rf"pools\.json can't be read: .*{reason}"):
         pools.all()
+
+
+def test_a_file_that_a_newer_version_wrote_is_read(tmp_path: Path) -> None:
+    pools = Pools(tmp_path)
+    pools.put(Pool(name="ä", host="h", port=22, added_at_ms=7))
+    content = pools.file.read_text()
+    pools.file.write_text(content.replace('"name"', '"colour": ["red"],\n"name"'))
+    assert pools.all() == {"ä": Pool(name="ä", host="h", port=22, added_at_ms=7)}
+    pools.update("ä", version="2")
+    assert '"colour"' not in pools.file.read_text() and pools.get("ä").version == "2"
+
+
+def test_reading_it_takes_no_import_that_the_other_side_could_wait_for() -> None:
+    code = "import sys, llorch.cli, llorch.fleet.head_start; assert not {'msgspec', 'typer'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
