@@ -171,6 +171,11 @@ def duration(ms: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def yes_if(flag: bool) -> str:
+    """`yes`, or the empty text that a column shows as `-`."""
+    return "yes" if flag else ""
+
+
 def size(count: float | None) -> str:
     """Bytes for people, in binary units."""
     if count is None:

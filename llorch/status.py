@@ -34,7 +34,7 @@ POOL_COLUMNS = (
     Column("POOL", "pool"),
     Column("READY", "ready"),
     Column("SLOTS", "slots"),
-    Column("MODELS", "models", lambda names: ", ".join(names)),  # pyright: ignore[reportUnknownLambdaType]
+    Column("MODELS", "models", ", ".join),
 )
 DEVICE_COLUMNS = (
     Column("DEVICE", "device"),

@@ -41,8 +41,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _in_head = False
     _head_timer: TimerHandle | None = None
 
-    # uvicorn narrows asyncio's BaseTransport in the same way.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Refuse connections over the bound; a new one must send its first head in time."""
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:

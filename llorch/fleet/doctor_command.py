@@ -13,7 +13,7 @@ from llorch.errors import CliError
 from llorch.fleet.targets import PoolsOption, TimeoutOption, ask, open_registry
 from llorch.http import Api, rows, segment
 from llorch.options import UrlOption
-from llorch.output import Column, JsonOption, OutputOption, chosen, emit, say
+from llorch.output import Column, JsonOption, OutputOption, chosen, emit, say, yes_if
 from llorch_wire import pool as wire
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ COLUMNS = (
     Column("WHAT", "subject"),
     Column("FOUND", "text"),
     Column("NEXT", "command"),
-    Column("FIXED", "fixed", lambda fixed: "yes" if fixed else "-"),  # pyright: ignore[reportUnknownLambdaType]
+    Column("FIXED", "fixed", yes_if),
 )
 
 

@@ -34,10 +34,16 @@ COLUMNS = (
     Column("REF", "ref"),
     Column("REVISION", "revision"),
 )
+
+
+def _yes_or_no(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
 VERIFY_COLUMNS = (
     Column("POOL", "pool"),
     Column("MODEL", "name"),
-    Column("OK", "ok", lambda ok: "yes" if ok else "no"),  # pyright: ignore[reportUnknownLambdaType]
+    Column("OK", "ok", _yes_or_no),
     Column("SIZE", "bytes", size, right=True),
 )
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, as `llorch model list` shows it.")]

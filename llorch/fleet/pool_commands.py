@@ -21,7 +21,7 @@ from llorch.fleet.targets import (
     open_registry,
     show,
 )
-from llorch.output import Column, JsonOption, OutputOption, chosen, emit, say, size
+from llorch.output import Column, JsonOption, OutputOption, chosen, emit, say, size, yes_if
 from llorch_wire import pool as wire
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ DEVICE_COLUMNS = (
     Column("PROMISED", "promised_bytes", size, right=True),
     Column("TOTAL", "memory_total_bytes", size, right=True),
     Column("DRIVER", "driver"),
-    Column("WORKERS", "workers", lambda names: ",".join(names)),  # pyright: ignore[reportUnknownLambdaType]
+    Column("WORKERS", "workers", ",".join),
 )
 FINDING_COLUMNS = (
     Column("POOL", "pool"),
@@ -54,7 +54,7 @@ FINDING_COLUMNS = (
     Column("WHAT", "subject"),
     Column("FOUND", "text"),
     Column("REPAIR", "repair"),
-    Column("FIXED", "fixed", lambda fixed: "yes" if fixed else "-"),  # pyright: ignore[reportUnknownLambdaType]
+    Column("FIXED", "fixed", yes_if),
 )
 
 

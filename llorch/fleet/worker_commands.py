@@ -50,11 +50,21 @@ STOP_COLUMNS = (
     Column("HOW", "how"),
     Column("TOOK", "took_ms", right=True),
 )
+
+
+def _pids(strays: list[dict[str, Any]]) -> str:
+    return ",".join(str(stray["pid"]) for stray in strays)
+
+
+def _count(items: list[Any]) -> str:
+    return str(len(items))
+
+
 CLEANUP_COLUMNS = (
     Column("POOL", "pool"),
-    Column("ENTRIES", "entries", lambda names: ",".join(names)),  # pyright: ignore[reportUnknownLambdaType]
-    Column("STRAYS", "strays", lambda found: ",".join(str(s["pid"]) for s in found)),  # pyright: ignore[reportUnknownLambdaType]
-    Column("FILES", "files", lambda names: str(len(names)), right=True),  # pyright: ignore[reportUnknownLambdaType]
+    Column("ENTRIES", "entries", ",".join),
+    Column("STRAYS", "strays", _pids),
+    Column("FILES", "files", _count, right=True),
 )
 WorkerIds = Annotated[list[str], typer.Argument(metavar="WORKER...", help="Worker ids, as `llorch worker list` shows.")]
 StopForce = Annotated[bool, typer.Option("--force", help="Also what a `llorch up` there would start again.")]

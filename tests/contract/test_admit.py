@@ -94,7 +94,7 @@ async def test_full_queues_refuse(store: Store, limits: QueueLimits, reason: str
     await admit(store, "a")
     await admit(store, "b", priority="batch")
     refused = await store.admit(new_task("c"), limits)
-    assert refused == Refused(reason=reason, limit=2)  # pyright: ignore[reportArgumentType]
+    assert refused == Refused(reason=reason, limit=2)
     assert await store.task("c", None) is None
     again = await store.admit(new_task("a"), limits)
     assert isinstance(again, Admitted) and not again.created

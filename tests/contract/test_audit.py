@@ -75,7 +75,7 @@ BREAKS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("what", list(BREAKS))
 async def test_each_break_is_found_and_repaired(house: Store, what: str) -> None:
     command, parts, *arguments = BREAKS[what]
-    client = house._connection.client  # pyright: ignore[reportPrivateUsage]
+    client = house._connection.client
     if command in ("hset",):
         await client.hset(key(*parts), *arguments)
     else:
@@ -107,7 +107,7 @@ UNREPAIRABLE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("what", list(UNREPAIRABLE))
 async def test_what_only_a_person_can_mend_is_found(house: Store, what: str) -> None:
     command, parts, *arguments = UNREPAIRABLE[what]
-    client = house._connection.client  # pyright: ignore[reportPrivateUsage]
+    client = house._connection.client
     await getattr(client, command)(key(*parts), *arguments)
     assert await house.audit(), what
 
@@ -121,7 +121,7 @@ async def test_large_indexes_are_checked_in_windows(breakable_store: Store) -> N
     await worker(store)
     for number in range(450):
         await admit(store, f"t{number}")
-    client = store._connection.client  # pyright: ignore[reportPrivateUsage]
+    client = store._connection.client
     wrong = {f"ghost{number}": float(number) for number in range(450)}
     await client.zadd(key("tasks-by", "acme", "queued"), wrong)
     found = await store.audit(repair=True, logs=False)
@@ -135,7 +135,7 @@ async def test_a_sweep_with_a_budget_comes_round_in_pieces(breakable_store: Stor
     await worker(store)
     for number in range(450):
         await admit(store, f"t{number}")
-    client = store._connection.client  # pyright: ignore[reportPrivateUsage]
+    client = store._connection.client
     await client.zadd(key("tasks-by", "acme", "queued"), {f"ghost{number}": float(number) for number in range(450)})
     await client.zrem(key("waiting-in", MODEL, "interactive"), "t7")
     found, runs = [], 0

@@ -210,7 +210,7 @@ async def test_a_repeated_claim_gives_the_same_answer(store: Store) -> None:
     await worker(store)
     await admit(store, "a")
     version = (await store.snapshot(MODEL, now_ms=T)).version
-    run = store._run  # pyright: ignore[reportPrivateUsage]
+    run = store._run
     first = await run("claim", T, "r1", MODEL, version, "call-1", "a", "w1", "10.0")
     again = await run("claim", T, "r1", MODEL, version, "call-1", "a", "w1", "10.0")
     assert first == again and len(first) == 1
@@ -280,7 +280,7 @@ async def test_the_prefix_index_has_a_bound_and_forgets_the_longest_unused(store
     for number in range(45):
         await admit(store, f"t{number}", prefix_hashes=tuple(f"p{number}-{piece}" for piece in range(200)))
         await claim(store, f"t{number}", now_ms=T + number)
-    client = store._connection.client  # pyright: ignore[reportPrivateUsage]
+    client = store._connection.client
     assert await client.hlen(key("prefix", MODEL)) == await client.zcard(key("prefix-age", MODEL)) == 8192
     await admit(store, "again", prefix_hashes=("p0-0", "p44-0", "p44-199"))
     known = (await store.snapshot(MODEL, now_ms=T)).prefix_workers

@@ -159,7 +159,7 @@ async def test_somebody_elses_runtime_folder_is_refused(data_dir: Path, monkeypa
 
 def test_deaths_in_a_row_are_answered_with_pauses(data_dir: Path) -> None:
     embedded = EmbeddedRedis(data_dir)
-    pauses = [embedded._pause() for _ in range(10)]  # pyright: ignore[reportPrivateUsage]
+    pauses = [embedded._pause() for _ in range(10)]
     assert pauses == [0, 0, 1, 2, 4, 8, 16, 30, 30, 30]
 
 

@@ -90,7 +90,7 @@ async def test_an_end_that_says_cancelled_makes_the_task_cancelled(store: Store)
 
 
 async def test_a_repeated_call_gives_the_first_ones_answer(store: Store) -> None:
-    run = store._run  # pyright: ignore[reportPrivateUsage]
+    run = store._run
     await running(store, "a")
     await running(store, "b")
     completed = ("complete", T, "c1", "a", 1, "failed", "error", b'{"code":"X","message":"y"}', 0, 0, 0, 0)

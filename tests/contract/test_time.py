@@ -98,7 +98,7 @@ async def test_leases_are_not_judged_before_redis_was_healthy_for_one(store: Sto
 async def test_a_call_that_was_held_up_judges_nothing(store: Store) -> None:
     """A sweep that waited in a paused Redis runs before the heartbeats that waited behind it."""
     await running(store, "a")
-    run = store._run  # pyright: ignore[reportPrivateUsage]
+    run = store._run
     now, believable, *_, lost = await run("sweep", T + 60_000, "c", 64, LONG_MS, T + 50_000)
     assert (now, believable, lost) == (str(T + 60_000).encode(), 0, [])
     await store.replica_heartbeat("r1", "http://r1", REPLICA_LEASE_MS, now_ms=T)

@@ -31,7 +31,7 @@ from tests.support.redis_server import ClusterGroup, RedisServer, cluster_group,
 
 @contextlib.asynccontextmanager
 async def connected(url: str, **options: float) -> AsyncGenerator[Store]:
-    store = await Store.connect(url, **options)  # pyright: ignore[reportArgumentType]
+    store = await Store.connect(url, **options)
     try:
         yield store
     finally:

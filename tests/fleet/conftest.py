@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -78,8 +78,8 @@ def new_machine(ground: Path, op: Operator) -> Iterator[NewMachine]:
     """Makes loopback machines; ends them and whatever they run."""
     made: list[Machine] = []
 
-    def make(name: str, **options: object) -> Machine:
-        machine = Machine(ground / name, "127.0.0.1", free_port(), op.key, **options)  # type: ignore[arg-type]
+    def make(name: str, **options: Any) -> Machine:
+        machine = Machine(ground / name, "127.0.0.1", free_port(), op.key, **options)
         made.append(machine)
         return machine.start()
 

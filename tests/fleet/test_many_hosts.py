@@ -39,7 +39,7 @@ def test_connections_that_sshd_drops_are_tried_again(op: Operator, new_machine: 
     busy.stop()
     (busy.folder / "sshd_config").write_text(config.replace("MaxStartups 200", "MaxStartups 2:80:6"))
     op.close()
-    busy.configure = lambda: None  # type: ignore[method-assign]
+    busy.configure = lambda: None
     busy.start()
     for number in range(6):
         op.llorch("pool", "add", f"b{number}", busy.address, "-y")

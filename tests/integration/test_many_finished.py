@@ -21,7 +21,7 @@ from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator
 from orchestratord.store.store import Store
 from tests.api.harness import serving
-from tests.integration.house import TENANT, RedisProcess, Town, check_stream, read_all, until
+from tests.integration.house import TENANT, RedisProcess, Town, check_stream, read_all, tokens_of, until
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.redis_work import Work, counted
 from tests.support.seeding import MODEL, seed_finished
@@ -72,7 +72,7 @@ class Living:
             assert (await self.town.any.cancel(task_id, None)).record.status == "cancelled"
         for task_id in self.running:
             items = await read_all(self.town.any.follow(task_id, None))
-            indices = [item.event.i for item in items if item.event.EVENT == "token"]  # type: ignore[union-attr]
+            indices = [token.i for token in tokens_of(items)]
             assert len(indices) > 1 and indices == list(range(len(indices)))
 
 
@@ -83,7 +83,7 @@ async def retaining(town: Town, store: Store, *, keep_count: int) -> AsyncGenera
     webhooks = Webhooks(store, town.any, observations, WebhookPolicy(None, 1, allow_private=False))
     retention = Retention(store, observations, keep_s=3_600, keep_count=keep_count)
     jobs = Jobs(town.redis.url, store, observations, webhooks, retention)
-    redis = jobs._connect()  # pyright: ignore[reportPrivateUsage]
+    redis = jobs._connect()
 
     async def ask() -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
 import pytest
 import redis as redis_py
@@ -61,14 +62,14 @@ async def test_an_end_never_stands_after_a_log_that_lacks_its_tokens(town: Town)
     saved: dict[bytes, bytes] = {}
     complete = store.complete
 
-    async def late(*args: object, **options: object) -> bool:
+    async def late(*args: Any, **options: Any) -> bool:
         if not tried:
             undo(town, saved)
         tried.append(1)
-        return await complete(*args, **options)  # type: ignore[arg-type]
+        return await complete(*args, **options)
 
     tried: list[int] = []
-    store.complete = late  # type: ignore[method-assign]
+    store.complete = late
     task_id = await town.submit(seed=3, max_tokens=40, ignore_eos=True)
     reading = asyncio.create_task(read_all(orchestrator.follow(task_id, TENANT)))
     await until(lambda: town.workers[0].counts["tokens"] >= 20, "tokens came")
@@ -113,17 +114,17 @@ async def test_a_reader_that_comes_in_the_moment_of_the_failover_gets_no_hole(to
     store = town.replicas[0].store
     read_log, saved = store.read_log, snapshot(town)
 
-    async def late(*args: object, **options: object) -> object:
+    async def late(*args: Any, **options: Any) -> Any:
         if saved:
             undo(town, saved)
             saved.clear()
-        return await read_log(*args, **options)  # type: ignore[arg-type]
+        return await read_log(*args, **options)
 
     task_id = await town.submit(seed=3, max_tokens=60, ignore_eos=True)
     saved.clear()
     saved |= snapshot(town)
     await until(lambda: worker.counts["tokens"] >= 10, "tokens came")
-    store.read_log = late  # type: ignore[method-assign, assignment]
+    store.read_log = late
     items = await read_all(orchestrator.follow(task_id, TENANT))
     while not isinstance(items[-1].event, EndEvent):
         cursor = next((item.position for item in reversed(items) if item.position), None)

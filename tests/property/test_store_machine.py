@@ -61,7 +61,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.url is None:
             return Store(Connection(fakeredis.FakeAsyncRedis(), "fakeredis", 20.0))
         store = await Store.connect(self.url, timeout_s=20.0)
-        await store._connection.client.flushall()  # pyright: ignore[reportPrivateUsage]
+        await store._connection.client.flushall()
         return store
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:

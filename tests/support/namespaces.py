@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.support.sshd import Machine, wait_for
 
@@ -126,10 +127,10 @@ class Network:
     authorized_key: Path
     machines: dict[str, NamespaceMachine] = field(default_factory=dict)
 
-    def machine(self, name: str, **options: object) -> NamespaceMachine:
+    def machine(self, name: str, **options: Any) -> NamespaceMachine:
         """A new machine that is up."""
         host = f"{SUBNET}.{11 + len(self.machines)}"
-        made = NamespaceMachine(self.folder / name, host, 22, self.authorized_key, name=name, **options)  # type: ignore[arg-type]
+        made = NamespaceMachine(self.folder / name, host, 22, self.authorized_key, name=name, **options)
         self.machines[name] = made
         made.plug_in()
         return made

@@ -20,7 +20,7 @@ from typing import Any
 
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = json.dumps(self.server.answer(self.path)).encode()  # type: ignore[attr-defined]
+        body = json.dumps(self.server.answer(self.path)).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llorch_wire.events import WorkerStartedEvent
 from tests.support import tokenizers as small
 from worker.answer_text import AnswerText, EndRules
@@ -66,8 +68,8 @@ class Bench:
         )
         self.generations.slots_total = slots
 
-    def start(self, task: str = "t", attempt: int = 1, **job_fields: object) -> Generation:
-        made = job(task, attempt, **job_fields)  # type: ignore[arg-type]
+    def start(self, task: str = "t", attempt: int = 1, **job_fields: Any) -> Generation:
+        made = job(task, attempt, **job_fields)
         with self.generations.reserve_slot(task):
             return self.generations.start(made, started(task, attempt))
 
@@ -105,8 +107,8 @@ def started(task: str = "t", attempt: int = 1) -> WorkerStartedEvent:
     return WorkerStartedEvent(task_id=task, attempt=attempt, instance_id="i1", tokens_in=1, determinism="exact")
 
 
-def end_of(generation: Generation, reason: str, **fields: object) -> SequenceEnd:
-    return SequenceEnd(sequence_id=generation.job.sequence.sequence_id, reason=reason, **fields)  # type: ignore[arg-type]
+def end_of(generation: Generation, reason: Any, **fields: Any) -> SequenceEnd:
+    return SequenceEnd(sequence_id=generation.job.sequence.sequence_id, reason=reason, **fields)
 
 
 def ids_of(text: str) -> list[int]:

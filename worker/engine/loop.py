@@ -26,6 +26,7 @@ from worker.engine.model_runner import ModelRunner
 from worker.engine.protocol import (
     AddSequence,
     CancelSequence,
+    EndReason,
     EngineStats,
     FromEngine,
     SequenceEnd,
@@ -212,13 +213,13 @@ class EngineLoop:
             message = f"no memory for this request ({type(error).__name__}); lower --kv-memory or --max-batch-tokens"
             self._fail(chunks[0].sequence, ErrorCode.VRAM_OOM, message)
 
-    def _end(self, sequence: Sequence, reason: str, refusal: Refusal | None = None) -> None:
+    def _end(self, sequence: Sequence, reason: EndReason, refusal: Refusal | None = None) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.sequence_id]
         self._ended.append(
             SequenceEnd(
                 sequence_id=sequence.sequence_id,
-                reason=reason,  # pyright: ignore[reportArgumentType] (callers pass its literals)
+                reason=reason,
                 cached_tokens=sequence.num_cached_tokens,
                 prefill_time_ms=sequence.prefill_us // 1000,
                 decode_time_ms=sequence.decode_us // 1000,

@@ -124,11 +124,14 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] | None = None
 
 
+EndReason: TypeAlias = Literal["EOS", "STOP_TOKEN", "MAX_TOKENS", "CANCELLED", "ERROR"]
+
+
 class SequenceEnd(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence left the engine; nothing of it follows. `error` set: it failed alone, with a code and what to do."""
 
     sequence_id: str
-    reason: Literal["EOS", "STOP_TOKEN", "MAX_TOKENS", "CANCELLED", "ERROR"]
+    reason: EndReason
     cached_tokens: int = 0
     prefill_time_ms: int = 0
     decode_time_ms: int = 0

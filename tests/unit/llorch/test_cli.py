@@ -108,7 +108,7 @@ def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyP
         raise error
 
     module = ModuleType("failing_command")
-    module.fail = fail  # type: ignore[attr-defined]
+    module.fail = fail
     monkeypatch.setitem(sys.modules, "failing_command", module)
     monkeypatch.setitem(COMMANDS, "fail", Entry("Fails.", (Source("failing_command:fail"),)))
     assert cli.main(["fail"]) == code
@@ -128,7 +128,7 @@ def test_a_group_of_two_sources(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
             apps[name].command(command)(lambda who=name: print(who))
     apps["second"].command("spawn")(lambda: print("spawned"))
     module = ModuleType("two_apps")
-    module.first, module.second = apps["first"], apps["second"]  # type: ignore[attr-defined]
+    module.first, module.second = apps["first"], apps["second"]
     monkeypatch.setitem(sys.modules, "two_apps", module)
     sources = (
         Source("two_apps:second", ("drain",)),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llorch.errors import ApiFailure, ExitCode, TimedOut, Unreachable, UsageProblem
@@ -51,8 +53,8 @@ def test_a_url_that_is_none(url: str) -> None:
         (error("QUEUE_FULL", "full", 429, retriable=True, retry_after_ms=700), "QUEUE_FULL", ExitCode.FAILED),
     ],
 )
-def test_error_objects(server: Scripted, reply: object, code: str, exit_code: int) -> None:
-    server.on("GET /x", reply)  # type: ignore[arg-type]
+def test_error_objects(server: Scripted, reply: Any, code: str, exit_code: int) -> None:
+    server.on("GET /x", reply)
     with pytest.raises(ApiFailure) as raised:
         Api(server.url).get("/x")
     failure = raised.value
@@ -62,8 +64,8 @@ def test_error_objects(server: Scripted, reply: object, code: str, exit_code: in
 
 
 @pytest.mark.parametrize("reply", [as_json("nginx", 502), as_json({"error": "no"}, 500), as_json([1], 404)])
-def test_an_error_that_is_not_orchestratords(server: Scripted, reply: object) -> None:
-    server.on("GET /x", reply)  # type: ignore[arg-type]
+def test_an_error_that_is_not_orchestratords(server: Scripted, reply: Any) -> None:
+    server.on("GET /x", reply)
     with pytest.raises(Unreachable, match="not orchestratord"):
         Api(server.url).get("/x")
 

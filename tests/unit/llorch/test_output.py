@@ -46,7 +46,7 @@ def test_a_record() -> None:
 
 def test_format_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, pipe = io.StringIO(), io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    terminal.isatty = lambda: True
     assert chosen(None, False, terminal) is Format.TABLE
     assert chosen(None, False, pipe) is Format.TSV
     assert chosen(None, True, terminal) is Format.JSON

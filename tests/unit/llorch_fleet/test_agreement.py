@@ -12,7 +12,7 @@ NOW = 1_000_000_000
 
 def worker(worker_id: str = "w1", state: str = "ready", **fields: Any) -> WorkerInfo:
     base = {"url": "http://10.0.0.5:1", "orchestrator": "http://o", "model_digest": "sha256:a", "started_at_ms": 1}
-    return WorkerInfo(worker_id=worker_id, state=state, **{**base, **fields})  # type: ignore[arg-type]
+    return WorkerInfo(worker_id=worker_id, state=state, **{**base, **fields})
 
 
 def status(*workers: WorkerInfo, strays: list[Stray] | None = None) -> PoolStatus:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -47,11 +48,11 @@ def test_a_zombie_counts_as_gone(child: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"start_time": 1}, {"boot_id": "another-boot"}])
-def test_a_reused_pid_is_left_alone(child: subprocess.Popen[bytes], change: dict[str, object]) -> None:
+def test_a_reused_pid_is_left_alone(child: subprocess.Popen[bytes], change: dict[str, Any]) -> None:
     """A pid from an old entry may belong to anybody after a reboot: it must never be signalled."""
     identity = process.identify(child.pid)
     assert identity is not None
-    other = identity._replace(**change)  # type: ignore[arg-type]
+    other = identity._replace(**change)
     assert not process.is_alive(other)
     assert not process.send(other, signal.SIGKILL, group=True)
     assert child.poll() is None

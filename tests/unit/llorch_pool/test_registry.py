@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def registry(context: Context) -> Registry:
     return Registry(context.paths.workers)
 
 
-def record(worker_id: str = "w1", **fields: object) -> WorkerRecord:
-    return WorkerRecord(worker_id=worker_id, model="m", **fields)  # type: ignore[arg-type]
+def record(worker_id: str = "w1", **fields: Any) -> WorkerRecord:
+    return WorkerRecord(worker_id=worker_id, model="m", **fields)
 
 
 def test_an_entry_comes_back_as_it_was_and_secrets_are_private(registry: Registry) -> None:
@@ -161,9 +162,9 @@ def test_the_likely_cause_of_a_failed_start(line: str, words: str) -> None:
         ({"model": "file:/no/such/folder"}, "no folder"),
     ],
 )
-def test_what_spawn_refuses_names_the_option(context: Context, fields: dict[str, object], words: str) -> None:
+def test_what_spawn_refuses_names_the_option(context: Context, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(PoolError) as caught:
-        spawn.spawn(context, WorkerSpawn(**{"model": "demo", **fields}))  # type: ignore[arg-type]
+        spawn.spawn(context, WorkerSpawn(**{"model": "demo", **fields}))
     assert words in f"{caught.value.message} {caught.value.next_step}" and caught.value.next_step
     assert "has a space" not in str(caught.value)
     assert Registry(context.paths.workers).all() == []

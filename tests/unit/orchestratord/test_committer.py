@@ -41,7 +41,7 @@ def batch(task_id: str) -> TokenBatch:
 
 @asynccontextmanager
 async def running(log: Log) -> AsyncIterator[Committer]:
-    committer = Committer(log, Observations(), min_interval_s=0.0)  # type: ignore[arg-type]
+    committer = Committer(log, Observations(), min_interval_s=0.0)
     task = asyncio.create_task(committer.run())
     yield committer
     await end_tasks([task])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +17,8 @@ SPECIAL = frozenset({0, 1, 2})
 EOS = 2
 
 
-def answer(stops: list[str], *, max_tokens: int = 1000, **rules: object) -> AnswerText:
-    ends = EndRules(max_tokens=max_tokens, eos_token_ids=frozenset({EOS}), **rules)  # type: ignore[arg-type]
+def answer(stops: list[str], *, max_tokens: int = 1000, **rules: Any) -> AnswerText:
+    ends = EndRules(max_tokens=max_tokens, eos_token_ids=frozenset({EOS}), **rules)
     return AnswerText(Detokenizer(TOKENIZER, SPECIAL), StopMatcher(stops), ends)
 
 

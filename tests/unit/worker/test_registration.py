@@ -109,7 +109,7 @@ class Subject:
         )
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(instance_id=self.beat_instance, status=self.status)  # type: ignore[arg-type]
+        return Heartbeat(instance_id=self.beat_instance, status=self.status)
 
     def obey(self, orders: Orders) -> None:
         self.orders.append(orders)

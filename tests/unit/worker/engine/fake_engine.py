@@ -103,7 +103,7 @@ class FakeEngine:
             self,
             self.scheduler,
             self.blocks,
-            self.runner,  # pyright: ignore[reportArgumentType]
+            self.runner,
             self.sampler,
             self.cache,
             vocab_size=VOCAB,
