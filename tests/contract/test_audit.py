@@ -116,28 +116,28 @@ async def test_repair_leaves_a_whole_store_alone(house: Store) -> None:
     assert await house.audit(repair=True) == []
 
 
-async def test_large_indexes_are_checked_in_windows(breakable_store: Store) -> None:
-    store = breakable_store
-    await worker(store)
-    for number in range(450):
-        await admit(store, f"t{number}")
-    client = store._connection.client
-    wrong = {f"ghost{number}": float(number) for number in range(450)}
-    await client.zadd(key("tasks-by", "acme", "queued"), wrong)
-    found = await store.audit(repair=True, logs=False)
-    assert len(found) == 450 and all(finding.repaired for finding in found)
-    assert await store.audit(logs=False) == []
-
-
-async def test_a_sweep_with_a_budget_comes_round_in_pieces(breakable_store: Store) -> None:
-    """However small the budget, each run does a step; a place crosses processes as text."""
+@pytest.fixture
+async def crowded(breakable_store: Store) -> Store:
+    """450 queued tasks, and as many index entries without a task."""
     store = breakable_store
     await worker(store)
     for number in range(450):
         await admit(store, f"t{number}")
     client = store._connection.client
     await client.zadd(key("tasks-by", "acme", "queued"), {f"ghost{number}": float(number) for number in range(450)})
-    await client.zrem(key("waiting-in", MODEL, "interactive"), "t7")
+    return store
+
+
+async def test_large_indexes_are_checked_in_windows(crowded: Store) -> None:
+    found = await crowded.audit(repair=True, logs=False)
+    assert len(found) == 450 and all(finding.repaired for finding in found)
+    assert await crowded.audit(logs=False) == []
+
+
+async def test_a_sweep_with_a_budget_comes_round_in_pieces(crowded: Store) -> None:
+    """However small the budget, each run does a step; a place crosses processes as text."""
+    store = crowded
+    await store._connection.client.zrem(key("waiting-in", MODEL, "interactive"), "t7")
     found, runs = [], 0
     place: AuditPlace | None = None
     while True:
