@@ -202,7 +202,7 @@ async def test_two_owners_of_one_attempt_neither_double_nor_lose_a_token(town: T
     """A replica whose lease lapsed goes on relaying while another adopts: what a paused process does when it wakes."""
     one = await town.replica()
     worker = await town.worker(slots=4, token_ms=10)
-    ids = [await town.submit(seed=seed, max_tokens=250, ignore_eos=True) for seed in range(4)]
+    ids = [await town.submit(seed=seed, max_tokens=600, ignore_eos=True) for seed in range(4)]
     reading = [asyncio.create_task(read_all(one.follow(task_id, TENANT))) for task_id in ids]
     await until(lambda: worker.counts["tokens"] > 20, "they run")
     two = await town.replica()
@@ -216,7 +216,7 @@ async def test_two_owners_of_one_attempt_neither_double_nor_lose_a_token(town: T
     assert len(two._house.relays) == 4
     streams = await asyncio.gather(*reading, *(read_all(two.follow(task_id, TENANT)) for task_id in ids))
     for seed, items in enumerate(streams):
-        assert tokens_of(items) == expected(seed % 4, 250, ignore_eos=True)[0]
+        assert tokens_of(items) == expected(seed % 4, 600, ignore_eos=True)[0]
         assert isinstance(items[-1].event, EndEvent)
         assert migrations_of(items) == []
     assert town.recomputed() == 0
