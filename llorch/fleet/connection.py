@@ -143,8 +143,21 @@ def remote_command(pool: Pool, verb: str) -> str:
 
 def open_rpc(pool: Pool, pools: Pools) -> subprocess.Popen[bytes]:
     """ssh with `llorch-pool rpc` at its other end, which waits for a request."""
-    arguments = [*options(pool, pools), "--", pool.host, remote_command(pool, "rpc")]
-    return popen(arguments)
+    return popen(_rpc(pool, pools))
+
+
+def open_rpc_early(pool: Pool, pools: Pools) -> subprocess.Popen[bytes]:
+    """The same before plumbum is loaded: that takes as long as the whole answer of a pool that is connected.
+
+    Raises OSError where there is no ssh.
+    """
+    pipe = subprocess.PIPE
+    arguments = ["ssh", *_rpc(pool, pools)]
+    return subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+
+
+def _rpc(pool: Pool, pools: Pools) -> list[str]:
+    return [*options(pool, pools), "--", pool.host, remote_command(pool, "rpc")]
 
 
 def close_quietly(stream: Any) -> None:

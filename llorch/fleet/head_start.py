@@ -3,8 +3,8 @@
 Only where the connection is up already, and only for commands that ask a named pool one thing. What was started and
 isn't used (what was typed turns out to be wrong) hears nothing, does nothing and ends with its stdin. Read `begun`.
 
-    llorch   start │ plumbum │ ssh … │ typer, the command │ request ▶          ◀ answer │
-    pool                     │ sshd │ llorch-pool, its imports │ wait │ answer │
+    llorch   start │ ssh … │ msgspec, typer, the command │ request ▶  ◀ answer │
+    pool           │ sshd │ llorch-pool, its imports │ wait │ answer │
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HeadStart:
 
     def start(self, pool: Pool, pools: Pools) -> None:
         """Start the remote side for a pool."""
-        self._waiting.append((pool, connection.open_rpc(pool, pools)))
+        self._waiting.append((pool, connection.open_rpc_early(pool, pools)))
 
     def take(self, pool: Pool) -> subprocess.Popen[bytes] | None:
         """The process for a pool, if one waits."""

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -181,7 +180,9 @@ class Pools:
             os.close(handle)
 
     def _write(self, path: Path, text: str) -> None:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=self._folder)
+        from tempfile import mkstemp
+
+        handle, name = mkstemp(prefix=f".{path.name}.", dir=self._folder)
         try:
             with os.fdopen(handle, "w") as stream:
                 stream.write(text)

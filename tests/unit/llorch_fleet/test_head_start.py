@@ -49,7 +49,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Pool, subpro
         processes.append((pool, process))
         return process
 
-    monkeypatch.setattr(connection, "open_rpc", open_rpc)
+    monkeypatch.setattr(connection, "open_rpc_early", open_rpc)
     yield processes
     for _, process in processes:
         connection.finish(process)
