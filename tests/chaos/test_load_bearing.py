@@ -53,19 +53,33 @@ async def test_without_the_same_seed_texts_differ(tmp_path: Path) -> None:
     assert report.mismatched or any("AssertionError" in line for line in report.complaints)
 
 
-@pytest.mark.parametrize("mechanism", ["disowning", "disowning,attempt_fencing"])
-async def test_without_fencing_a_zombie_changes_what_runs_well(mechanism: str, tmp_path: Path) -> None:
-    """Attempts that run elsewhere are sent back by a replica that slept: they yield although there is no batch work, or
+async def zombie_run(mechanism: str, folder: Path) -> tuple[Report, int]:
+    """Replicas sleep while their attempts go on elsewhere; the report, and how much of that they then changed.
+
+    Attempts that run elsewhere are sent back by a replica that slept: they yield although there is no batch work, or
     two of them write one log. (Over workers that would each write another text, so that this is told from the right
-    one.) What else stops a zombie, finding out that its lease had ended, is off in both: fencing alone must be enough.
+    one.)
     """
     plan = replace(PLAN, worker_module="tests.chaos.support.impure_worker", replicas=3, workers=3, slots=24)
     load = Load(min_tokens=300, max_tokens=400, cancels=0.0, leaves=0.0, batch=0.0, drops=0.0, sessions=0.0)
     course = replace(COURSE, seconds=14, clients=36, load=load, pure=False, settle_s=60)
-    report = await run(mechanism, {"zombies": zombies}, tmp_path, plan, course)
+    report = await run(mechanism, {"zombies": zombies}, folder, plan, course)
     assert report.migrations["worker_lost"] > 0
-    changed = report.migrations.get("preempted", 0) + len(report.log_differs)
-    if mechanism == "disowning":
-        assert report.failures() == {} and not changed
-    else:
-        assert changed
+    return report, report.migrations.get("preempted", 0) + len(report.log_differs)
+
+
+async def test_fencing_alone_stops_a_zombie(tmp_path: Path) -> None:
+    """What else stops one, finding out that its lease had ended, is off."""
+    report, changed = await zombie_run("disowning", tmp_path)
+    assert report.failures() == {} and not changed
+
+
+async def test_without_fencing_a_zombie_changes_what_runs_well(tmp_path: Path) -> None:
+    """Not every zombie wakes in the right moment: about one run in eight shows nothing."""
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        _, changed = await zombie_run("disowning,attempt_fencing", folder)
+        if changed:
+            return
+    pytest.fail("no zombie changed anything, in four runs")
