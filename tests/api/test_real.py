@@ -25,7 +25,8 @@ from orchestratord.store.store import Store
 from tests.api.harness import DEADLINE_S, until
 from tests.api.test_bad_input import BODIES
 from tests.integration.house import RedisProcess
-from tests.support.scripted_worker import ScriptedWorker, expected
+from tests.support.scripted_tokens import expected
+from tests.support.scripted_worker import ScriptedWorker
 
 GOOD = {"model": "scripted", "prompt": "hello", "max_tokens": 12, "seed": 5}
 

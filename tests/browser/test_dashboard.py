@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from tests.browser.chromium import Chromium, Page
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 pytestmark = pytest.mark.e2e
 

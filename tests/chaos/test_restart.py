@@ -10,7 +10,7 @@ import orjson
 from tests.chaos.support import redis_sets
 from tests.chaos.support.loads import Tenants, keys
 from tests.chaos.support.town import Plan, town_of
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 PLAN = Plan(replicas=2, workers=3, slots=6, token_ms=20, env=keys({"acme": 1}))
 SESSIONS = 6

@@ -23,7 +23,8 @@ from llorch_wire.worker import Heartbeat, WorkerRegistration
 from orchestratord.patience import end_tasks
 from orchestratord.runtime import Orchestrator, RuntimeSettings, StreamItem, Tenant
 from orchestratord.store.store import Store
-from tests.support.scripted_worker import ScriptedWorker, expected
+from tests.support.scripted_tokens import expected
+from tests.support.scripted_worker import ScriptedWorker
 
 DEADLINE_S = 30.0
 TENANT = Tenant("default")

@@ -12,7 +12,7 @@ from llorch_wire.events import EndEvent, ErrorEvent, StartedEvent
 from orchestratord.runtime import Orchestrator, Tenant
 from orchestratord.values import StreamItem
 from tests.integration.house import TENANT, Town, check_stream, migrations_of, read_all, tokens_of, until
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 
 def check_cancelled(items: list[StreamItem]) -> None:

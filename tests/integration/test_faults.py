@@ -15,7 +15,7 @@ from tests.integration.house import (
     tokens_of,
     until,
 )
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 
 def live(town: Town) -> int:

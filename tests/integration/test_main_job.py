@@ -9,7 +9,7 @@ import pytest
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.events import EndEvent, QueuedEvent, StartedEvent
 from tests.integration.house import TENANT, Town, check_stream, read_all, tokens_of, until
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 
 async def test_one_task_streams_from_queue_to_end(town: Town) -> None:

@@ -15,7 +15,7 @@ from orchestratord.patience import end_tasks
 from orchestratord.runtime import Tenant
 from orchestratord.store.types import QueueLimits, TaskRecord
 from tests.integration.house import TENANT, Town, read_all, tokens_of, until
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 
 async def record_of(town: Town, task_id: str) -> TaskRecord:

@@ -13,7 +13,7 @@ from llorch_wire.errors import ApiError
 from llorch_wire.events import EndEvent
 from orchestratord import followers
 from tests.integration.house import TENANT, Town, read_all, tokens_of, until
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 
 def snapshot(town: Town) -> dict[bytes, bytes]:

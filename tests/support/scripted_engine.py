@@ -1,209 +1,158 @@
-"""An engine process without a model: speaks the engine protocol, makes tokens by arithmetic, misbehaves on request.
+"""What a scripted worker has in an engine's place: generations, a token for each in every step, and nothing of HTTP.
 
-    python -m tests.support.scripted_engine --fd N --model-dir DIR
-
-Token i of a sequence is a function of (seed, i) alone, as the real engine's are for fixed logits. What it does beyond
-that is read at start from `scripted.json` in the model folder:
-
-    {"slots": 4, "step_ms": 2, "context_length": 256, "load": "ok" | "permanent" | "transient" | "die" | "hang",
-     "load_once": true}        the load behaviour applies to the first start only
-
-and, while it runs, from a sequence's seed: CRASH, STALL, GARBAGE and ERROR do as they say when their third token is
-due; EOS_AT_5 ends with EOS at index 5.
+A prompt may begin with a directive (`!error`, `!stall`, `!exit`): see tests.support.scripted_worker.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import select
-import socket
-import time
+import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from worker.engine.protocol import (
-    AddSequence,
-    CancelSequence,
-    EngineCapabilities,
-    EngineLoadFailed,
-    EngineLoading,
-    EngineReady,
-    EngineStats,
-    FromEngine,
-    SequenceEnd,
-    Shutdown,
-    StepOutput,
-    ToEngine,
-    TokenOut,
-)
-
-CRASH, STALL, GARBAGE, ERROR, EOS_AT_5 = 666001, 666002, 666003, 666004, 666005
-VOCAB_SIZE = 268
-FIRST_TEXT_ID, NUM_TEXT_IDS = 3, 256
-EOS = 2
-
-
-def token_at(seed: int, index: int) -> int:
-    """The token that this engine makes at an index: an id of the tests' byte-level tokenizer."""
-    if seed == EOS_AT_5 and index == 5:
-        return EOS
-    mixed = (seed * 2654435761 + index * 40503 + 12345) & 0xFFFFFFFF
-    return FIRST_TEXT_ID + (mixed ^ (mixed >> 13)) % NUM_TEXT_IDS
+from llorch_wire.events import EndEvent, ErrorEvent, PreemptedEvent, TokenEvent, encode_data
+from llorch_wire.sse import frame
+from llorch_wire.worker import ExecuteRequest
+from tests.support import scripted_tokens
+from tests.support.scripted_tokens import directive_of, length, prompt_tokens
 
 
 @dataclass
-class Running:
-    """One sequence."""
+class Generation:
+    """One attempt."""
 
-    add: AddSequence
-    made: list[int] = field(default_factory=list)
+    request: ExecuteRequest
+    first_index: int
+    total: int
+    by_eos: bool
+    directive: list[str]
+    frames: list[bytes] = field(default_factory=list)
+    terminal: bool = False
+    next_index: int = 0
+    readers: int = 0
+    unread_since: float = 0.0
+    mute: bool = False
+    """Fault: connections stay open and give nothing, not even comments; new ones are as mute."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def publish(self, *frames: bytes, terminal: bool = False) -> None:
+        """New output; wakes every reader."""
+        self.frames += frames
+        self.terminal = self.terminal or terminal
+        news, self.news = self.news, asyncio.Event()
+        news.set()
 
 
 class ScriptedEngine:
-    """Steps over all sequences together, one token each."""
+    """The engine. `freeze` stops it, and whoever waits for `thawed`."""
 
-    def __init__(self, fd: int, script: dict[str, Any]) -> None:
-        self.socket = socket.socket(fileno=fd)
-        self.script = script
-        self.running: dict[str, Running] = {}
-        self.buffer = bytearray()
-        self.encoder = msgspec.msgpack.Encoder()
-        self.decoder = msgspec.msgpack.Decoder(ToEngine)
-        self.steps = 0
-        self.decoded = 0
+    def __init__(self, *, slots: int, token_ms: float, orphan_grace_s: float) -> None:
+        self.slots, self.token_s, self.orphan_grace_s = slots, token_ms / 1000, orphan_grace_s
+        self.frozen = False
+        self.thawed = asyncio.Event()
+        self.thawed.set()
+        self.generations: dict[str, Generation] = {}
+        self.computed: list[Generation] = []
+        self.counts = {"executes": 0, "attaches": 0, "cancels": 0, "preempts": 0, "acks": 0, "tokens": 0, "orphans": 0}
 
-    def send(self, message: FromEngine) -> None:
-        body = self.encoder.encode(message)
-        self.socket.sendall(len(body).to_bytes(4, "little") + body)
+    @property
+    def running(self) -> list[Generation]:
+        """Generations that hold a slot."""
+        return [generation for generation in self.generations.values() if not generation.terminal]
 
-    def receive(self, wait: bool) -> list[ToEngine]:
-        messages: list[ToEngine] = []
-        while select.select([self.socket], [], [], None if wait and not messages else 0)[0]:
-            data = self.socket.recv(1 << 20)
-            if not data:
-                raise SystemExit(0)
-            self.buffer += data
-            while len(self.buffer) >= 4:
-                length = int.from_bytes(self.buffer[:4], "little")
-                if len(self.buffer) < 4 + length:
-                    break
-                messages.append(self.decoder.decode(bytes(self.buffer[4 : 4 + length])))
-                del self.buffer[: 4 + length]
-        return messages
+    def computed_ranges(self) -> list[tuple[str, int, int, int]]:
+        """(task_id, attempt, first index, index after the last) of every attempt that ran here."""
+        return [(g.request.task_id, g.request.attempt, g.first_index, g.next_index) for g in self.computed]
 
-    def run(self) -> None:
-        step_s = self.script.get("step_ms", 1) / 1000
+    def freeze(self) -> None:
+        """As by SIGSTOP: sockets stay open, nothing is answered, nothing comes."""
+        self.frozen = True
+        self.thawed.clear()
+
+    def thaw(self) -> None:
+        """As by SIGCONT."""
+        self.frozen = False
+        self.thawed.set()
+
+    def token(self, seed: int, index: int, last: int, ends_by_eos: bool) -> TokenEvent:
+        """What this worker generates there: what every other does."""
+        return scripted_tokens.token(seed, index, last, ends_by_eos)
+
+    def crash(self) -> None:
+        """What `!exit` does."""
+        raise NotImplementedError
+
+    def begin(self, body: ExecuteRequest) -> Generation:
+        """A new generation, in a slot."""
+        max_tokens = body.max_tokens or 64
+        total = length(body.seed, max_tokens, body.ignore_eos)
+        resumed = len(body.resume_token_ids)
+        wanted = [self.token(body.seed, i, total - 1, total < max_tokens).id for i in range(resumed)]
+        assert wanted == list(body.resume_token_ids), "resumed with tokens that this seed doesn't give"
+        generation = Generation(body, resumed, total, total < max_tokens, directive_of(body), next_index=resumed)
+        generation.unread_since = asyncio.get_running_loop().time()
+        self.generations[body.task_id] = generation
+        self.computed.append(generation)
+        self.counts["executes"] += 1
+        if resumed >= total:
+            self.end(generation, "EOS" if generation.by_eos else "MAX_TOKENS")
+        return generation
+
+    async def generate(self) -> None:
+        """One token for every running generation each `token_s`."""
         while True:
-            ended: list[SequenceEnd] = []
-            for message in self.receive(wait=not self.running):
-                if isinstance(message, Shutdown):
-                    raise SystemExit(0)
-                if isinstance(message, CancelSequence):
-                    if self.running.pop(message.sequence_id, None) is not None:
-                        ended.append(SequenceEnd(sequence_id=message.sequence_id, reason="CANCELLED", cached_tokens=1))
-                else:
-                    self.running[message.sequence_id] = Running(message, list(message.output_token_ids))
-            time.sleep(step_s)
-            tokens: list[TokenOut] = []
-            for name in list(self.running):
-                self._advance(name, tokens, ended)
-            self.steps += 1
-            stats = EngineStats(
-                steps=self.steps, running=len(self.running), decode_tokens=self.decoded, kv_blocks_free=100
-            )
-            self.send(StepOutput(tokens=tokens, ended=ended, stats=stats))
+            await asyncio.sleep(self.token_s)
+            await self.thawed.wait()
+            for generation in self.running:
+                self._step(generation)
 
-    def _advance(self, name: str, tokens: list[TokenOut], ended: list[SequenceEnd]) -> None:
-        sequence = self.running[name]
-        sampling = sequence.add.sampling
-        index = len(sequence.made)
-        if index - len(sequence.add.output_token_ids) == 2:
-            if sampling.seed == CRASH:
-                os.abort()
-            if sampling.seed == STALL:
-                time.sleep(3600)
-            if sampling.seed == GARBAGE:
-                self.socket.sendall(b"\x05\0\0\0\xc1\xc1\xc1\xc1\xc1")
-                time.sleep(3600)
-            if sampling.seed == ERROR:
-                del self.running[name]
-                message = "this sequence failed alone; try again"
-                ended.append(SequenceEnd(sequence_id=name, reason="ERROR", error_code="INTERNAL", error=message))
+    def _step(self, generation: Generation) -> None:
+        request, index = generation.request, generation.next_index
+        made = index - generation.first_index
+        match generation.directive:
+            case ["stall", after] if made >= int(after):
                 return
-        token = token_at(sampling.seed, index)
-        sequence.made.append(token)
-        self.decoded += 1
-        top = [(token, -0.5), (4, -1.5)][: sampling.logprobs or 0]
-        logprob = None if sampling.logprobs is None else -0.5
-        tokens.append(TokenOut(name, index, token, logprob, top or None))
-        reason = None
-        if token == EOS and not sampling.ignore_eos:
-            reason = "EOS"
-        elif token in sampling.stop_token_ids:
-            reason = "STOP_TOKEN"
-        elif index + 1 >= sampling.max_tokens:
-            reason = "MAX_TOKENS"
-        if reason is not None:
-            del self.running[name]
-            ended.append(
-                SequenceEnd(sequence_id=name, reason=reason, cached_tokens=3, prefill_time_ms=2, decode_time_ms=7)
-            )
+            case ["error", code, after] if made >= int(after):
+                event = ErrorEvent(code=code, message="scripted failure", retriable=code in ("INTERNAL", "VRAM_OOM"))
+                generation.publish(frame(event.EVENT, encode_data(event)), terminal=True)
+                return
+            case ["exit", after] if made >= int(after):
+                generation.directive = ["stall", "0"]
+                self.crash()
+                return
+        if index < generation.total:
+            event = self.token(request.seed, index, generation.total - 1, generation.by_eos)
+            generation.next_index += 1
+            self.counts["tokens"] += 1
+            generation.publish(frame("token", encode_data(event)))
+        if generation.next_index >= generation.total:
+            self.end(generation, "EOS" if generation.by_eos else "MAX_TOKENS")
 
-
-def load(engine: ScriptedEngine, folder: Path) -> None:
-    """Behave as the script says a load behaves, then be ready."""
-    script = engine.script
-    mark = folder / "scripted.started"
-    first = not mark.exists()
-    mark.touch()
-    how = script.get("load", "ok")
-    if script.get("load_once") and not first:
-        how = "ok"
-    engine.send(EngineLoading(phase="reading weights", fraction=0.5))
-    if how == "die":
-        os.abort()
-    if how == "hang":
-        time.sleep(3600)
-    if how in ("permanent", "transient"):
-        message = "the weights are truncated: download the model again"
-        engine.send(EngineLoadFailed(code="BAD_MODEL", message=message, permanent=how == "permanent"))
-        raise SystemExit(3)
-    engine.send(
-        EngineReady(
-            architecture="Scripted",
-            vocab_size=VOCAB_SIZE,
-            context_length=script.get("context_length", 256),
-            slots_total=script.get("slots", 4),
-            kv_blocks_total=100,
-            kv_block_tokens=16,
-            dtype="float32",
-            device="cpu",
-            attention="none",
-            attention_notice="",
+    @staticmethod
+    def end(generation: Generation, reason: Any) -> None:
+        """End it."""
+        event = EndEvent(
+            stop_reason=reason,
+            tokens_in=prompt_tokens(generation.request),
+            tokens_out=generation.next_index,
             determinism="exact",
-            eos_token_ids=[EOS],
-            vram_bytes=0,
-            capabilities=EngineCapabilities(),
         )
-    )
+        generation.publish(frame(event.EVENT, encode_data(event)), terminal=True)
 
+    async def forget_unread(self) -> None:
+        """End what nobody has read for longer than the orphan grace."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(0.2)
+            await self.thawed.wait()
+            for task_id, generation in list(self.generations.items()):
+                if generation.readers == 0 and loop.time() - generation.unread_since > self.orphan_grace_s:
+                    self.counts["orphans"] += 1
+                    self.end(generation, "CANCELLED")
+                    del self.generations[task_id]
 
-def main() -> None:
-    """Entry point of the process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--model-dir", type=Path, required=True)
-    arguments, _ = parser.parse_known_args()
-    path = arguments.model_dir / "scripted.json"
-    engine = ScriptedEngine(arguments.fd, json.loads(path.read_text()) if path.exists() else {})
-    load(engine, arguments.model_dir)
-    engine.run()
-
-
-if __name__ == "__main__":
-    main()
+    @staticmethod
+    def give_up(generation: Generation) -> None:
+        """Yield at this token."""
+        if not generation.terminal:
+            event = PreemptedEvent(tokens_out=generation.next_index)
+            generation.publish(frame(event.EVENT, encode_data(event)), terminal=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llorch_wire.events import parse_position
-from tests.support.scripted_worker import expected
+from tests.support.scripted_tokens import expected
 
 Reference = tuple[list[tuple[int, str]], str]
 """(token id, text) of every token of an undisturbed run, and its stop reason."""
