@@ -10,9 +10,11 @@ import pytest
 
 from tests.chaos.support import redis_sets
 from tests.chaos.support.clients import Load
-from tests.chaos.support.faults import Fault, redis_kill, replica_kill, replica_stop, worker_kill, zombies
+from tests.chaos.support.process_faults import replica_kill, replica_stop, worker_kill, zombies
+from tests.chaos.support.redis_faults import redis_kill
 from tests.chaos.support.report import Report
 from tests.chaos.support.running import Course, chaos_run
+from tests.chaos.support.scene import Fault
 from tests.chaos.support.town import Plan, town_of
 
 PLAN = Plan(replicas=2, workers=2, slots=16, token_ms=40)

@@ -23,9 +23,9 @@ from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.types import LogEntry
 from tests.chaos.support import ledger as ledgers
 from tests.chaos.support.clients import TROUBLE, Clients, Load
-from tests.chaos.support.faults import Fault, Scene
 from tests.chaos.support.ledger import Ledger
 from tests.chaos.support.report import Report, Strike
+from tests.chaos.support.scene import Fault, Scene
 from tests.chaos.support.town import CLIENT_KEY, DEMO, Town
 from tests.chaos.support.verdict import Reference, Transcript, judge, judge_log, reference_key, transcripts
 
