@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _OUT_OF_VRAM = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+USAGE_STATUS = 2
+"""What a program ends with that doesn't take its command line (argparse); another start would end the same way."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -39,6 +41,8 @@ def explain(
                 "INTERNAL",
             )
         return Death(f"the engine was killed by {name}", "INTERNAL")
+    if returncode == USAGE_STATUS:
+        return Death("the engine doesn't take one of its options; the log says which, correct it", "INTERNAL")
     return Death(f"the engine ended with status {returncode}", "INTERNAL")
 
 

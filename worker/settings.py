@@ -35,6 +35,8 @@ _KEY = re.compile(r"[!-+\--~]{8,512}")  # printable ASCII without space and comm
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|kb|mb|gb|k|m|g)?", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 _ENGINES = {"torch": "worker.engine.main"}
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _urls(value: object) -> object:
@@ -52,6 +54,18 @@ def _key(value: object) -> object:
     if isinstance(value, str) and value and not _KEY.fullmatch(value):
         raise ValueError("must be 8 to 512 printable characters without spaces and commas")
     return value or None
+
+
+def _device(value: object) -> object:
+    if isinstance(value, str) and not _DEVICE.fullmatch(value):
+        raise ValueError("must be auto, cpu, mps, cuda or cuda:N, such as cuda:0 for the first GPU")
+    return value
+
+
+def _dtype(value: object) -> object:
+    if isinstance(value, str) and value not in _DTYPES:
+        raise ValueError(f"must be one of {', '.join(_DTYPES)}")
+    return value
 
 
 def _bytes(value: object) -> object:
@@ -98,8 +112,12 @@ class Settings(BaseModel):
 
     # engine
     engine: str = Field("torch", pattern=r"^[A-Za-z_][\w.]*$", description="`torch`, or the module of another engine")
-    device: str | None = Field(None, min_length=1, max_length=64, description="cuda, cuda:N, cpu or mps")
-    dtype: str | None = Field(None, min_length=1, max_length=32, description="float32, bfloat16 or float16")
+    device: Annotated[str | None, BeforeValidator(_device)] = Field(
+        None, description="cuda, cuda:N, cpu or mps; by default the best that is there"
+    )
+    dtype: Annotated[str | None, BeforeValidator(_dtype)] = Field(
+        None, description="float32, bfloat16 or float16; by default what suits the device"
+    )
     slots: int | None = Field(None, ge=1, le=65536, description="generations at a time")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer, in tokens")
     kv_memory: Size | None = Field(None, ge=2**20, description="memory for the KV cache, such as 2GiB")

@@ -31,7 +31,7 @@ from worker.engine.protocol import (
     StepOutput,
 )
 from worker.engine_client import EngineClient
-from worker.engine_death import Death, count_oom_kills, explain, restart_delay_s
+from worker.engine_death import USAGE_STATUS, Death, count_oom_kills, explain, restart_delay_s
 from worker.launch import child_command, child_environment
 
 HEALTHY_AFTER_S = 300.0
@@ -155,6 +155,8 @@ class Supervisor:
             client.close()
         oom_kills = count_oom_kills() - oom_kills
         death = explain(returncode, self._last_words, oom_kills=oom_kills, connection_failure=client.failure)
+        if returncode == USAGE_STATUS and self._ready_at is None and self._load_failure is None:
+            self._load_failure = EngineLoadFailed(code="ENGINE_OPTIONS", message=death.reason, permanent=True)
         self._mourn(death)
         return death
 

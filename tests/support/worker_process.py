@@ -55,7 +55,7 @@ class WorkerProcess:
     @classmethod
     def scripted(cls, folder: Path, model: Path, *flags: str, env: dict[str, str] | None = None) -> WorkerProcess:
         """A worker over the scripted engine."""
-        engine = ("--engine", "tests.support.scripted_engine", "--model", str(model))
+        engine = ("--engine", "tests.support.scripted_engine_process", "--model", str(model))
         return cls(folder, *engine, *flags, env=env)
 
     def spawn(self) -> None:

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from tests.support import tokenizers as small
-from tests.support.scripted_engine import EOS_AT_5, ERROR, token_at
+from tests.support.scripted_engine_process import EOS_AT_5, ERROR, token_at
 from tests.support.worker_process import Stream, WorkerProcess, execute, health, post, request, until_health
 
 TOKENIZER = small.byte_level()

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.support.scripted_engine import CRASH, GARBAGE, STALL, token_at
+from tests.support.scripted_engine_process import CRASH, GARBAGE, STALL, token_at
 from tests.support.worker_process import (
     WorkerProcess,
     alive,
@@ -127,6 +127,14 @@ async def test_or_it_stays_and_says_so(tmp_path: Path, session: aiohttp.ClientSe
         assert (refused.status, refused.refusal["code"]) == (503, "FAILED")
     finally:
         assert await worker.stop() == 0
+
+
+async def test_an_engine_that_refuses_its_options_isnt_tried_again(tmp_path: Path) -> None:
+    model = scripted_model(tmp_path / "model", load="usage")
+    worker = WorkerProcess.scripted(tmp_path, model)
+    await asyncio.to_thread(worker.spawn)
+    assert await worker.wait() == 1
+    assert "doesn't take one of its options" in worker.tail()
 
 
 @pytest.mark.parametrize("how", ["transient", "die", "hang"])

@@ -145,7 +145,17 @@ def _introduction(
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: CUDA, then MPS, then the CPU. Raises LoadError where the named one isn't there."""
+    """`auto`: CUDA, then MPS, then the CPU; `cuda:N`: the Nth of the visible GPUs. Raises LoadError where there is none.
+
+    A GPU becomes the current one, which is what everything in torch.cuda that isn't told a device speaks of.
+    """
+    if name.startswith("cuda:") and torch.cuda.is_available():
+        index, count = int(name.removeprefix("cuda:")), torch.cuda.device_count()
+        if index >= count:
+            there = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            raise LoadError("DEVICE_MISSING", f"--device {name}: this process sees {there}; name one of them, or cuda.")
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if name in ("auto", "mps") and torch.backends.mps.is_available():

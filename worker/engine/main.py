@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.engine.main", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="socket that speaks worker/engine/protocol.py")
     parser.add_argument("--model-dir", type=Path, required=True)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--slots", type=_at_least(0), default=0, help="sequences decoded together; 0: by device")
     parser.add_argument("--max-model-len", type=_at_least(0), default=0, help="0: what the model and the memory allow")
@@ -101,6 +102,12 @@ def _serve(args: argparse.Namespace, threads: int, channel: EngineChannel) -> in
         logger.exception("the engine's state is broken; another must be started")
         return EXIT_BUG
     return 0
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, mps, cuda, cuda:N")
+    return text
 
 
 def _at_least(low: int):

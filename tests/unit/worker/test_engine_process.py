@@ -88,6 +88,7 @@ def test_silence_counts_only_while_an_answer_is_owed() -> None:
         (-11, [], 0, None, "SIGSEGV", "INTERNAL"),
         (-250, [], 0, None, "signal 250", "INTERNAL"),
         (1, ["torch.OutOfMemoryError: CUDA out of memory. Tried…"], 0, None, "--kv-memory", "VRAM_OOM"),
+        (2, ["error: argument --slots"], 0, None, "one of its options", "INTERNAL"),
         (3, ["the prompt was: secret"], 0, None, "status 3", "INTERNAL"),
         (None, [], 0, "no sign of life for 60 s", "no sign of life", "INTERNAL"),
         (None, [], 0, None, "closed its connection", "INTERNAL"),

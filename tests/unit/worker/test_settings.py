@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llorch_wire.layers import SettingsError
+from worker.engine.main import parse
 from worker.settings import is_loopback_host, load, reachable_host
 
 
@@ -55,12 +56,27 @@ def test_sizes_and_engine_arguments(tmp_path: Path) -> None:
         assert load({"model": "m", "max_body_bytes": text}, environ={}, cwd=tmp_path).max_body_bytes == expected
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:12"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_the_engine_takes_every_device_and_dtype_that_the_settings_take(
+    tmp_path: Path, device: str, dtype: str
+) -> None:
+    flags: dict[str, object] = {"model": "m", "device": device, "dtype": dtype}
+    arguments = load(flags, environ={}, cwd=tmp_path).engine_arguments()
+    parsed = parse(["--fd", "3", "--model-dir", "m", *arguments])
+    assert (parsed.device, parsed.dtype) == (device, dtype)
+
+
 @pytest.mark.parametrize(
     ("flags", "environ", "words"),
     [
         ({}, {}, "--model is missing"),
         ({"model": "m", "slots": "many"}, {}, "--slots"),
         ({"model": "m", "kv_memory": "lots"}, {}, "--kv-memory: must be a size"),
+        ({"model": "m", "device": "cuda:one"}, {}, "--device: must be auto, cpu, mps, cuda or cuda:N"),
+        ({"model": "m", "device": ""}, {}, "--device: must be"),
+        ({"model": "m"}, {"LLORCH_WORKER_DEVICE": "gpu0"}, "LLORCH_WORKER_DEVICE: must be"),
+        ({"model": "m", "dtype": "bf16"}, {}, "--dtype: must be one of auto, float32, bfloat16, float16"),
         ({"model": "m", "orchestrator": "http://user:pw@x"}, {}, "--orchestrator: must be http"),
         ({"model": "m"}, {"LLORCH_WORKER_PORT": "99999"}, "LLORCH_WORKER_PORT"),
         ({"model": "m"}, {"LLORCH_WORKER_KEY": "short"}, "LLORCH_WORKER_KEY: must be 8 to 512"),
