@@ -66,6 +66,10 @@ def _check_rope(config: Mapping[str, Any]) -> None:
         nested: list[Mapping[str, Any]] = [part for part in value.values() if isinstance(part, Mapping)]
         for rope in nested or [value]:
             kind = rope.get("rope_type", rope.get("type", "default"))
+            if not isinstance(kind, str):
+                raise UnsupportedModelError(
+                    f"config.json: the `rope_type` in `{key}` is not a string; correct it, or download the model again."
+                )
             if kind not in STATIC_ROPE:
                 raise UnsupportedModelError(
                     f"RoPE scaling `{kind}` is not supported: it depends on the sequence's length. "

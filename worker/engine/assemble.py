@@ -16,12 +16,12 @@ from worker.engine.attention import Backend, choose_attention
 from worker.engine.block_manager import BlockManager
 from worker.engine.cache_size import StepLoad, allocate, blocks_that_fit
 from worker.engine.cpu_layers import PADDINGS, RowPadding, prepare_for_cpu
-from worker.engine.exactness import forward_is_exact
+from worker.engine.exactness import forward_is_exact, forward_is_finite
 from worker.engine.experts import EXPERTS_NAME, register_experts
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.lean_decoder import lean_decoder
 from worker.engine.lean_layer import make_lean
-from worker.engine.loader import LoadedModel, LoadError, load_model
+from worker.engine.loader import LoadedModel, LoadError, load_model, not_finite
 from worker.engine.loop import Channel, EngineLoop
 from worker.engine.model_runner import ATTENTION_NAME, ModelRunner, register_attention
 from worker.engine.protocol import EngineCapabilities, EngineReady
@@ -95,6 +95,8 @@ def build_engine(
     attention = backend.build(cache, context_length)
     lean = lean_decoder(loaded.model, context_length) if lean_layers else None
     runner = ModelRunner(loaded.model, cache, attention, padding, lean)
+    if not forward_is_finite(runner, cache, loaded.vocab_size, context_length):
+        raise not_finite(options.model_dir, loaded.dtype)
     exact = _choose_threads(runner, cache, loaded, context_length, may_be_exact=_may_be_exact(loaded, options))
     if options.deterministic and not exact:
         raise LoadError(
@@ -204,6 +206,8 @@ def _may_be_exact(loaded: LoadedModel, options: EngineOptions) -> bool:
 
 
 def _load(options: EngineOptions, loaded: LoadedModel, device: torch.device) -> StepLoad:
+    if options.max_model_len == 1:
+        raise LoadError("CONTEXT_TOO_SHORT", "--max-model-len 1 has no room for an answer; use at least 2, or 0.")
     slots = options.slots or DEFAULT_SLOTS[device.type]
     batch_tokens = max(options.max_batch_tokens or _batch_tokens(loaded, device), slots)
     return StepLoad(slots, batch_tokens, min(loaded.max_positions, options.max_model_len or loaded.max_positions))

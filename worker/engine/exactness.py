@@ -1,6 +1,7 @@
 """Measures, on this machine and with this model, whether a sequence's numbers depend on anything but itself.
 
-The label `exact` is only given out when this says so. Read `forward_is_exact` first.
+The label `exact` is only given out when this says so. Read `forward_is_exact` first; `forward_is_finite` is the smaller
+question before it, whether there are numbers at all.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ def forward_is_exact(
     finally:
         torch.set_num_threads(before)
     return True
+
+
+def forward_is_finite(runner: ModelRunner, cache: KVCache, vocab_size: int, context_length: int) -> bool:
+    """Whether all numbers of a short sequence are finite. Uses the first blocks of the (still empty) cache."""
+    draw = random.Random(0)
+    length = max(1, min(_LENGTHS[-1], context_length - 1))
+    blocks = range(-(-length // cache.block_tokens))
+    sequence = _sequence([draw.randrange(vocab_size) for _ in range(length)], blocks)
+    _, bad = runner.forward([Chunk(sequence, 0, length, True)])
+    return not bad
 
 
 def _on_every_way(runner: ModelRunner, sequences: list[Sequence], expected: list[torch.Tensor]) -> bool:

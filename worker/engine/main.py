@@ -54,14 +54,15 @@ def main(argv: list[str]) -> int:
 
     channel = EngineChannel(args.fd)
     try:
-        return _serve(args, threads, channel)
+        return serve(args, threads, channel)
     except ChannelClosedError:
         return 0
     finally:
         channel.close()
 
 
-def _serve(args: argparse.Namespace, threads: int, channel: EngineChannel) -> int:
+def serve(args: argparse.Namespace, threads: int, channel: EngineChannel) -> int:
+    """Build the engine, say that it is ready or why it never will be, run it. Returns the exit code."""
     import torch
 
     from worker.engine.assemble import EngineOptions, build_engine
@@ -92,6 +93,13 @@ def _serve(args: argparse.Namespace, threads: int, channel: EngineChannel) -> in
         logger.error("%s", error)
         channel.send(EngineLoadFailed(code=error.code, message=str(error), permanent=True))
         return EXIT_LOAD_FAILED
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError) as error:
+        # What no device and no moment is to blame for: the next start would fail just so.
+        logger.exception("the engine can't be built")
+        channel.send(
+            EngineLoadFailed(code="MODEL_UNUSABLE", message=_unusable(options.model_dir, error), permanent=True)
+        )
+        return EXIT_LOAD_FAILED
     channel.send(engine.ready)
     try:
         engine.loop.run()
@@ -108,6 +116,14 @@ def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, mps, cuda, cuda:N")
     return text
+
+
+def _unusable(model_dir: Path, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    return (
+        f"no engine can be built from {model_dir} ({type(error).__name__}: {reason}). Compare its config.json with the "
+        "model's source, or download the model again; if it is right, report this with the traceback in the log."
+    )
 
 
 def _at_least(low: int):
