@@ -13,6 +13,7 @@ from typing import NamedTuple
 _OUT_OF_VRAM = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 USAGE_STATUS = 2
 """What a program ends with that doesn't take its command line (argparse); another start would end the same way."""
+_OWN_FAULTS = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV"})
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,6 +22,8 @@ class Death(NamedTuple):
 
     reason: str
     code: str
+    unexplained: bool = False
+    """The engine broke down by itself, for a reason that its status doesn't tell."""
 
 
 def explain(
@@ -40,10 +43,10 @@ def explain(
                 "the kernel killed the engine because memory ran out; lower --kv-memory or --slots, or add memory",
                 "INTERNAL",
             )
-        return Death(f"the engine was killed by {name}", "INTERNAL")
+        return Death(f"the engine was killed by {name}", "INTERNAL", unexplained=name in _OWN_FAULTS)
     if returncode == USAGE_STATUS:
         return Death("the engine doesn't take one of its options; the log says which, correct it", "INTERNAL")
-    return Death(f"the engine ended with status {returncode}", "INTERNAL")
+    return Death(f"the engine ended with status {returncode}", "INTERNAL", unexplained=True)
 
 
 def count_oom_kills(root: Path = _CGROUP) -> int:

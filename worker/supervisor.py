@@ -3,7 +3,7 @@
 Read `Supervisor.run` first: start → loading → serving → death → pause. It must run in the main thread (see `launch`).
 
     status      starting ──ready──▶ ready ──death──▶ failed ──restart──▶ ready
-                    └──load fails for good──▶ failed, and stays so
+                    └──load fails for good, or the first start breaks down too often──▶ failed, and stays so
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ WATCH_INTERVAL_S = 0.25
 PREFILL_S_PER_TOKEN = 0.02
 EXIT_DEADLINE_S = 5.0
 OUTPUT_DEADLINE_S = 1.0
+MAX_BROKEN_STARTS = 6
+"""Starts in a row that break down unexplained, in a worker whose engine never was ready, until it gives up."""
 KEPT_LINES = 60
 KEPT_LINE_BYTES = 4096
+SHOWN_CHARS = 200
 EngineState = Literal["starting", "ready", "failed"]
 
 
@@ -104,10 +107,14 @@ class Supervisor:
 
     async def run(self) -> EngineLoadFailed:
         """Keep an engine running until cancelled; returns only when loading failed for good."""
-        deaths = 0
+        deaths = broken_starts = 0
         while True:
             death = await self._live_once()
             failure = self._load_failure
+            broken_starts = broken_starts + 1 if failure is None and self.ready is None and death.unexplained else 0
+            if broken_starts >= MAX_BROKEN_STARTS:
+                message = f"{broken_starts} starts in a row broke down, the last: {death.reason}; the log says more"
+                failure = self._load_failure = EngineLoadFailed(code="INTERNAL", message=message, permanent=True)
             if failure is not None and failure.permanent:
                 self._set_state("failed", failure.message)
                 return failure
@@ -157,8 +164,15 @@ class Supervisor:
         death = explain(returncode, self._last_words, oom_kills=oom_kills, connection_failure=client.failure)
         if returncode == USAGE_STATUS and self._ready_at is None and self._load_failure is None:
             self._load_failure = EngineLoadFailed(code="ENGINE_OPTIONS", message=death.reason, permanent=True)
+        if death.unexplained and self._ready_at is None:
+            death = death._replace(reason=f"{death.reason} while it started{self._last_line()}")
         self._mourn(death)
         return death
+
+    def _last_line(self) -> str:
+        """What the engine said last, to be shown only where it died before it took any work: no prompt stands there."""
+        line = next((line.strip() for line in reversed(self._last_words) if line.strip()), "")
+        return f" ({line[:SHOWN_CHARS]})" if line else ""
 
     async def _spawn(self, client: EngineClient) -> asyncio.subprocess.Process:
         ours, theirs = socket.socketpair()

@@ -5,8 +5,8 @@
 Token i of a sequence is a function of (seed, i) alone, as the real engine's are for fixed logits. What it does beyond
 that is read at start from `scripted.json` in the model folder:
 
-    {"slots": 4, "step_ms": 2, "context_length": 256, "load": "ok" | "permanent" | "transient" | "die" | "hang" |
-     "usage", "load_once": true}        the load behaviour applies to the first start only
+    {"slots": 4, "step_ms": 2, "context_length": 256, "load": "ok" | "permanent" | "transient" | "die" | "raise" |
+     "hang" | "usage", "load_once": true}        the load behaviour applies to the first start only
 
 and, while it runs, from a sequence's seed: CRASH, STALL, GARBAGE and ERROR do as they say when their third token is
 due; EOS_AT_5 ends with EOS at index 5.
@@ -167,6 +167,8 @@ def load(engine: ScriptedEngine, folder: Path) -> None:
     engine.send(EngineLoading(phase="reading weights", fraction=0.5))
     if how == "die":
         os.abort()
+    if how == "raise":
+        raise RuntimeError("no such kernel")
     if how == "usage":
         raise SystemExit(2)
     if how == "hang":
