@@ -12,16 +12,19 @@ from worker.engine.attention import choose_attention
 from worker.engine.attention_sdpa import SdpaAttention
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.loader import LoadError
-from worker.engine.sdpa_reads import TILE
+from worker.engine.packed_batch import PackedBatch, Span
+from worker.engine.sdpa_reads import TILE, SdpaReads
 
 CPU = torch.device("cpu")
 BLOCK = 16
 
 
-def build(case: Case, dtype: torch.dtype = torch.float32, num_blocks: int = 512) -> tuple[SdpaAttention, KVCache]:
+def build(
+    case: Case, dtype: torch.dtype = torch.float32, num_blocks: int = 512, aligned_masks: bool | None = None
+) -> tuple[SdpaAttention, KVCache]:
     shape = KVShape(1, case.kv_heads, case.head_dim, dtype)
     cache = KVCache(shape, num_blocks=num_blocks, block_tokens=BLOCK, device=CPU)
-    return SdpaAttention(cache, num_heads=case.heads, context_length=2048), cache
+    return SdpaAttention(cache, num_heads=case.heads, context_length=2048, aligned_masks=aligned_masks), cache
 
 
 def side_by_side(case: Case, gap: int = 0) -> list[list[int]]:
@@ -141,3 +144,52 @@ def test_padding_never_reads_past_the_pool():
     error, _ = run_case(attention, cache, case, [[0, 1, 2, 3]])
     assert error < 5e-6
     assert cache.pool.shape[2] - cache.spare_row >= TILE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_aligned_masks_give_the_same_bits(name):
+    """What other devices than a CPU get: masks that begin at a multiple of 16 bytes."""
+    case = CASES[name]
+    attention, cache = build(case)
+    _, expected = run_case(attention, cache, case, side_by_side(case))
+    attention, cache = build(case, aligned_masks=True)
+    error, out = run_case(attention, cache, case, side_by_side(case))
+    assert error < 5e-6
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masks_are_where_a_kernel_can_read_them(dtype):
+    case = CASES["everything"]
+    shape = KVShape(1, case.kv_heads, case.head_dim, dtype)
+    cache = KVCache(shape, num_blocks=512, block_tokens=BLOCK, device=CPU)
+    reads = SdpaReads(cache, groups=2, tails=(64, 128, 256, TILE), context_length=2048, aligned_masks=True)
+    for window in (None, 24):
+        for length in (*range(1, 40), 63, 64, 65, 511, 513, 700):
+            spans = [
+                Span(0, 0, length - 1, 1, list(range(48))),
+                Span(1, 1, length - 1, 1, list(range(50, 98))),
+                Span(2, 2, 0, length, list(range(100, 148))),
+            ]
+            for read in reads.of(PackedBatch([], [], spans, length + 2, [], 2), window):
+                mask = reads.mask_of(read)
+                assert mask.data_ptr() % 16 == 0
+                assert mask.stride(-1) == 1
+                assert all(stride * dtype.itemsize % 16 == 0 for stride in mask.stride()[:-1])
+
+
+def test_masks_that_would_take_too_much_memory_are_made_for_each_layer(monkeypatch):
+    case = Case([10, 900, 300], [1, 500, 300], window=130)
+    attention, cache = build(case)
+    _, expected = run_case(attention, cache, case, scattered(case))
+    for limit in (0, 2 * 64 * 512 * 4 * 3):
+        monkeypatch.setattr("worker.engine.sdpa_reads.KEPT_MASK_BYTES", limit)
+        attention, cache = build(case)
+        _, out = run_case(attention, cache, case, scattered(case))
+        assert torch.equal(out, expected)
+        reads = SdpaReads(cache, groups=2, tails=(64, TILE), context_length=2048)
+        spans = [Span(0, 0, 400, 500, list(range(57))), Span(1, 500, 0, 300, list(range(60, 80)))]
+        masks = [read.mask for read in reads.of(PackedBatch([], [], spans, 800, [], 0), None)]
+        kept = [mask for mask in masks if isinstance(mask, torch.Tensor)]
+        assert sum(mask.nbytes for mask in kept) <= limit
+        assert len(kept) < len(masks)

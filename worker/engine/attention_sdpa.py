@@ -48,7 +48,9 @@ class SdpaPlan:
 class SdpaAttention:
     """Gives every sequence the same numbers whoever else is in the batch, on a CPU in float32."""
 
-    def __init__(self, cache: KVCache, *, num_heads: int, context_length: int) -> None:
+    def __init__(
+        self, cache: KVCache, *, num_heads: int, context_length: int, aligned_masks: bool | None = None
+    ) -> None:
         shape = cache.shape
         self._cache = cache
         self._groups = num_heads // shape.kv_heads
@@ -56,7 +58,9 @@ class SdpaAttention:
         if cache.pool.device.type == "cpu":
             rows, tails = safe_shapes(shape.kv_heads, shape.head_dim, shape.dtype)
         self._query_rows = -(-self._groups // rows) * rows
-        self._reads = SdpaReads(cache, groups=self._groups, tails=tails, context_length=context_length)
+        self._reads = SdpaReads(
+            cache, groups=self._groups, tails=tails, context_length=context_length, aligned_masks=aligned_masks
+        )
 
     def rank(self, chunk: Chunk) -> tuple[int, int]:
         """Sequences of a length stand together, in the order in which they lie in the cache."""
@@ -101,7 +105,8 @@ class SdpaAttention:
             attended: list[torch.Tensor] = []
             for queries, read in singles:
                 k, v = self._keys_values(read, layer)
-                attended.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=read.mask, scale=scale))
+                mask = self._reads.mask_of(read)
+                attended.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale))
             whole = attended[0] if len(attended) == 1 else torch.cat(attended)
             plan.singles_out.copy_(whole[:, :, : self._groups])
         for read in plan.chunks[window]:
@@ -120,7 +125,7 @@ class SdpaAttention:
         rows = self._groups * read.count
         packed = tile.reshape(1, kv_heads, rows, size)
         packed = F.pad(packed, (0, 0, 0, -rows % ROWS))
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=read.mask, scale=scale)
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=self._reads.mask_of(read), scale=scale)
         return out[0, :, :rows].view(kv_heads, self._groups, read.count, size).permute(2, 0, 1, 3)
 
     def _keys_values(self, read: Read, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from worker.engine.kv_cache import KVCache
 from worker.engine.packed_batch import PackedBatch, Span
@@ -24,8 +23,23 @@ ROWS = 8
 QUERY_TILE = 64
 """Tokens of a prefill chunk that are attended together; keys past the tile's last token are left out."""
 
+KEPT_MASK_BYTES = 64 * 2**20
+"""Masks of prefill chunks that a pass keeps for all its layers; what goes beyond is made anew by each layer, tile by
+tile, so that a long context doesn't take as much memory for masks as for its keys."""
+
 MAX_VIEWS = 32_768
 """Tensors kept at most (about 15 MB): two a layer for each place and length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """Which mask a tile of a chunk needs: tokens [start, end) over keys [first, first + length)."""
+
+    start: int
+    end: int
+    first: int
+    length: int
+    window: int | None
 
 
 @dataclass(slots=True)
@@ -35,7 +49,8 @@ class Read:
     row: int
     count: int
     single: bool
-    mask: torch.Tensor
+    mask: torch.Tensor | Causal
+    """As a `Causal` where it isn't kept: `SdpaReads.mask_of` gives the tensor."""
     views: tuple[torch.Tensor, ...] | None
     """Keys and values of layer 0, 1, ...; None where they have to be gathered from `runs` (first row, rows)."""
     runs: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
@@ -52,22 +67,54 @@ class _Place:
 
 
 class SdpaReads:
-    """Makes the reads of a batch. Keeps masks and views, which are the same again and again."""
+    """Makes the reads of a batch. Keeps masks and views, which are the same again and again.
 
-    def __init__(self, cache: KVCache, *, groups: int, tails: tuple[int, ...], context_length: int) -> None:
+    `aligned_masks`: every mask in memory of its own. CUDA's memory-efficient kernel reads a mask 16 bytes at a time
+    and refuses, or misreads, one that begins elsewhere. On a CPU, where any place will do, the masks of single tokens
+    are slices of one line.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        groups: int,
+        tails: tuple[int, ...],
+        context_length: int,
+        aligned_masks: bool | None = None,
+    ) -> None:
         self._cache = cache
         self._groups = groups
+        self._aligned_masks = cache.pool.device.type != "cpu" if aligned_masks is None else aligned_masks
         self._tails = tails
         self._mask_length = -(-(context_length + 1) // TILE) * TILE
         self._masks: dict[int | None, torch.Tensor] = {}
+        self._scratch: torch.Tensor | None = None
         self._views: dict[tuple[int, int, int, int], tuple[torch.Tensor, ...]] = {}
 
     def of(self, batch: PackedBatch, window: int | None) -> list[Read]:
         """The reads of all rows but the padding, single tokens first."""
         reads = list(self._singles(batch.spans[: batch.num_decodes], window))
+        room = KEPT_MASK_BYTES
         for span in batch.spans[batch.num_decodes :]:
-            reads.extend(self._chunk(span, window))
+            for read in self._chunk(span, window):
+                assert isinstance(read.mask, Causal)
+                size = self._chunk_rows(read.count) * read.mask.length
+                room -= size * self._cache.shape.dtype.itemsize
+                if room >= 0:
+                    read.mask = self._chunk_mask(read.mask, self._cache.pool.new_zeros(size))
+                reads.append(read)
         return reads
+
+    def mask_of(self, read: Read) -> torch.Tensor:
+        """The mask of a read: the one it keeps, or one that is good until the next call."""
+        if isinstance(read.mask, torch.Tensor):
+            return read.mask
+        size = self._chunk_rows(read.count) * read.mask.length
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None  # the old one goes before the new one comes
+            self._scratch = self._cache.pool.new_empty(size)
+        return self._chunk_mask(read.mask, self._scratch[:size].zero_())
 
     def padded_length(self, length: int) -> int:
         """The shortest permitted number of keys that is at least `length`: whole tiles and one of the tails."""
@@ -92,7 +139,7 @@ class SdpaReads:
         for start in range(span.start, span.end, QUERY_TILE):
             end = min(start + QUERY_TILE, span.end)
             place = self._place(span, start, end, window)
-            mask = self._chunk_mask(start, end, end - place.visible, place.length, window)
+            mask = Causal(start, end, end - place.visible, place.length, window)
             views = self._view(place.row, 0, 1, place.length) if place.runs is None else None
             yield Read(span.row + start - span.start, end - start, False, mask, views, place.runs or [])
 
@@ -145,23 +192,33 @@ class SdpaReads:
             line = torch.full((2 * self._mask_length,), -torch.inf, **options)
             line[max(0, self._mask_length - (window or self._mask_length)) : self._mask_length] = 0
             self._masks[window] = line
-        if min(visible) == max(visible):
+        if min(visible) == max(visible) and not self._aligned_masks:
             start = self._mask_length - visible[0]
             return line[start : start + length].expand(len(visible), 1, 1, length)
         starts = [self._mask_length - count for count in visible]
         return torch.stack([line[start : start + length] for start in starts]).view(-1, 1, 1, length)
 
-    def _chunk_mask(self, start: int, end: int, first: int, length: int, window: int | None) -> torch.Tensor:
-        """[1, 1, groups x tokens padded to 8, length]: causal, and within the window."""
-        device = self._cache.pool.device
+    def _chunk_rows(self, tokens: int) -> int:
+        """Query rows of a tile: groups x tokens, padded to 8."""
+        return -(-self._groups * tokens // ROWS) * ROWS
+
+    def _chunk_mask(self, causal: Causal, zeroes: torch.Tensor) -> torch.Tensor:
+        """[1, 1, rows, length], made in `zeroes` [rows x length]: causal, and within the window.
+
+        Written over only where some of the tokens don't see the keys: right of the first token, and left of the last
+        one's window.
+        """
+        start, end, first, length, window = causal.start, causal.end, causal.first, causal.length, causal.window
+        device = zeroes.device
+        mask = zeroes.view(-1, length)
+        by_token = mask[: self._groups * (end - start)].view(self._groups, end - start, length)
         position = torch.arange(start, end, device=device).unsqueeze(1)
-        key = torch.arange(first, first + length, device=device).unsqueeze(0)
-        hidden = key > position
-        if window is not None:
-            hidden |= key <= position - window
-        mask = torch.zeros(hidden.shape, dtype=self._cache.shape.dtype, device=device)
-        mask = mask.masked_fill_(hidden, -torch.inf).repeat(self._groups, 1)
-        return F.pad(mask, (0, 0, 0, -mask.shape[0] % ROWS)).view(1, 1, -1, length)
+        later = torch.arange(start + 1, first + length, device=device)
+        by_token[:, :, start + 1 - first :].masked_fill_(later > position, -torch.inf)
+        if window is not None and end - window > first:
+            earlier = torch.arange(first, end - window, device=device)
+            by_token[:, :, : end - window - first].masked_fill_(earlier <= position - window, -torch.inf)
+        return mask.view(1, 1, -1, length)
 
 
 def _evenly_spaced(places: list[_Place], index: int) -> int:
