@@ -70,7 +70,7 @@ def _redis(given: list[str]) -> int:
     _add_setting(parser, "log_level")
     _add_setting(parser, "log_format")
     try:
-        settings = load(vars(parser.parse_args(given)))
+        settings = load(vars(parser.parse_args(given)), serves=False)
         configure(settings.log_level, settings.log_format)
         return run_foreground(settings.data_dir, ready_file=settings.ready_file)
     except SettingsError as error:

@@ -139,7 +139,7 @@ class Settings(BaseModel):
     body_timeout_ms: Ms = Field(30_000, description="deadline for reading one request body")
     send_timeout_ms: Ms = Field(15_000, description="a reader that takes nothing for this long is cut off")
     keep_alive_ms: Ms = Field(5_000, description="comment on a silent stream this often")
-    max_connections: int = Field(4096, ge=16, le=2**20, description="open connections; more are refused with 503")
+    max_connections: int = Field(4096, ge=16, le=2**20, description="requests at once; more are refused with 429")
     max_queued_per_model: int = Field(10_000, ge=1, le=10**7, description="waiting tasks of one model")
     max_queued_per_tenant: int = Field(5_000, ge=1, le=10**7, description="waiting tasks of one tenant")
     max_queued: int = Field(50_000, ge=1, le=10**7, description="waiting tasks in total")
@@ -207,18 +207,24 @@ def load(
     *,
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    serves: bool = True,
 ) -> Settings:
-    """Merge flags (name → value, None: not given), environment and files. Raises SettingsError."""
+    """Merge flags (name → value, None: not given), environment and files. Raises SettingsError.
+
+    Where nothing is served over HTTP (`serves=False`), the address and the keys are not held against each other.
+    """
     merged = LAYERS.merge(flags, os.environ if environ is None else environ, cwd or Path.cwd())
     try:
         settings = Settings.model_validate(values(merged))
     except ValidationError as error:
         raise explain(error, merged) from None
+    if serves:
+        _check_keys(settings)
     _check_together(settings)
     return settings
 
 
-def _check_together(settings: Settings) -> None:
+def _check_keys(settings: Settings) -> None:
     worker_key = settings.worker_key.get_secret_value() if settings.worker_key else None
     if worker_key and any(entry.key.get_secret_value() == worker_key for entry in settings.api_keys):
         raise SettingsError("LLORCH_WORKER_KEY: is one of LLORCH_API_KEYS too; clients and workers need different keys")
@@ -231,6 +237,15 @@ def _check_together(settings: Settings) -> None:
             f"{' and '.join(missing)} (LLORCH_API_KEYS='tenant=key,…'; a key: `openssl rand -hex 24`), "
             "or bind --host 127.0.0.1"
         )
+    if missing == ["LLORCH_WORKER_KEY"]:
+        raise SettingsError(
+            "LLORCH_WORKER_KEY: must be set where LLORCH_API_KEYS is, since a worker is sent every client's prompts and "
+            "without a key anybody could register one. Give orchestratord and its workers the same new key "
+            "(`openssl rand -hex 24`)"
+        )
+
+
+def _check_together(settings: Settings) -> None:
     url = settings.redis_url.get_secret_value() if settings.redis_url else ""
     if url.startswith("redis+cluster:") and settings.jobs_redis_url is None:
         raise SettingsError(

@@ -2,13 +2,14 @@
 
     endpoint                     no keys set (loopback only)     keys set
     /v2/tasks…, /v1/…            tenant `default`                an API key; its tenant's tasks only
-    worker register, heartbeat   anybody                         the worker key, where one is set
+    worker register, heartbeat   anybody                         the worker key; nobody where none is set
     operators' endpoints         anybody                         the worker key, or an API key of tenant `admin`
     /health /ready / /docs       anybody                         anybody
 
 Read `Keyring.caller` first. A presented key is compared against every known one in constant time, as digests, so that
 neither its length nor the place of the first difference shows. Without keys, a browser is the danger: any web page
-may post to 127.0.0.1, so requests from another origin, or under a host name that isn't loopback, are refused.
+may post to 127.0.0.1, so requests from another origin, or under a host name that isn't loopback, are refused. A worker
+is sent the prompts of every tenant: once clients need a key, workers do too (`settings` refuses to start otherwise).
 """
 
 from __future__ import annotations
@@ -86,8 +87,13 @@ class Keyring:
     def worker(self, request: Request) -> None:
         """Let a worker through. Raises ApiError 401 or 403."""
         self.refuse_browsers(request)
-        if self._worker is None:
+        if self.is_open:
             return
+        if self._worker is None:
+            raise unauthorized(
+                "clients have keys here and workers have none, so no worker is let in: set LLORCH_WORKER_KEY, the same "
+                "for orchestratord and its workers (a key: `openssl rand -hex 24`)"
+            )
         if self.caller(request.headers.get("authorization")).is_worker:
             return
         if request.headers.get("authorization") is None:
@@ -109,7 +115,10 @@ class Keyring:
         if self._clients:
             return
         host = request.headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # a bracket without its other half, or with no IPv6 address in it
+            raise ApiError(ErrorCode.INVALID_PARAMS, "the Host header names no host", param="Host") from None
         if not is_loopback_host(name):
             raise ApiError(
                 ErrorCode.FORBIDDEN,
@@ -117,7 +126,7 @@ class Keyring:
                 param="Host",
             )
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _authority(origin) != host:
             raise ApiError(
                 ErrorCode.FORBIDDEN,
                 "without keys no web page of another origin is served; set LLORCH_API_KEYS",
@@ -128,6 +137,14 @@ class Keyring:
 def unauthorized(message: str) -> ApiError:
     """A 401."""
     return ApiError(ErrorCode.UNAUTHORIZED, message)
+
+
+def _authority(origin: str) -> str | None:
+    """The host and port of an origin; None where it has none, or is none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _digest(key: str) -> bytes:

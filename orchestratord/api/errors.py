@@ -131,11 +131,11 @@ def install(app: FastAPI) -> None:
 
     async def on_api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return error_response(error, openai=speaks_openai(request.url.path))
+        return error_response(error, openai=speaks_openai(request.scope["path"]))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(_from_http(request, error), openai=speaks_openai(request.url.path))
+        return error_response(_from_http(request, error), openai=speaks_openai(request.scope["path"]))
 
     async def on_client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; the log line shows it

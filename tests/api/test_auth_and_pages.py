@@ -93,6 +93,45 @@ async def test_workers_and_operators_have_their_own_key(keyed: str, http: aiohtt
     assert await status_of(http, "DELETE", f"{keyed}/v2/workers/w0", ACME) == 403
 
 
+async def test_where_clients_have_keys_no_worker_is_let_in_without_one(
+    memory: MemoryOrchestrator, http: aiohttp.ClientSession
+) -> None:
+    """It would be sent every tenant's prompts. A browser's simple request needs no permission of ours to be sent."""
+    async with serving(memory, Settings.model_validate({"api_keys": f"acme={ACME},admin={ADMIN}"})) as url:
+        simple = {"Content-Type": "text/plain", "Origin": "https://evil.example"}
+        for path in ("/v2/workers/register", "/v2/workers/w0/heartbeat"):
+            for key in (None, ADMIN, ACME):
+                assert await status_of(http, "POST", url + path, key, json=REGISTRATION) == 401
+            body = json.dumps(REGISTRATION)
+            assert await status_of(http, "POST", url + path, None, data=body, headers=simple) == 401
+        async with http.post(f"{url}/v2/workers/register", json=REGISTRATION) as reply:
+            assert "LLORCH_WORKER_KEY" in (await reply.json())["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "param"),
+    [
+        ({"Host": "[::1"}, 400, "Host"),
+        ({"Host": "[x]:80"}, 400, "Host"),
+        ({"Host": "::1]"}, 400, "Host"),
+        ({"Origin": "http://[x"}, 403, "Origin"),
+        ({"Origin": "http://[::1"}, 403, "Origin"),
+        ({"Origin": "http://"}, 403, "Origin"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v2/tasks", "/v2/workers", "/v2/workers/register", "/v1/models", "/v2/nothing"])
+async def test_a_host_or_origin_that_is_none_is_refused(
+    server: str, http: aiohttp.ClientSession, headers: dict[str, str], status: int, param: str, path: str
+) -> None:
+    method = "POST" if path.endswith("register") else "GET"
+    async with http.request(method, server + path, headers=headers) as reply:
+        error = (await reply.json())["error"]
+        if path == "/v2/nothing":
+            assert reply.status == 404
+        else:
+            assert (reply.status, error["param"]) == (status, param)
+
+
 async def test_probes_and_pages_need_no_key(keyed: str, http: aiohttp.ClientSession) -> None:
     for path in ("/health", "/ready", "/", "/docs", "/openapi.json", "/v2/meta/version", "/v2/meta/capabilities"):
         assert await status_of(http, "GET", keyed + path, None) == 200

@@ -118,6 +118,17 @@ def test_the_network_needs_keys(host: str, keys: dict[str, str], missing: str) -
     assert load({"host": host}, environ=both, cwd=Path("/nonexistent")).host == host
 
 
+def test_client_keys_need_a_worker_key_on_loopback_too() -> None:
+    """A worker is sent the prompts of every client."""
+    keys = {"LLORCH_API_KEYS": f"a={KEY}"}
+    with pytest.raises(SettingsError, match=r"^LLORCH_WORKER_KEY: .*openssl rand -hex 24") as caught:
+        load({}, environ=keys, cwd=Path("/nonexistent"))
+    assert KEY not in str(caught.value)
+    assert load({}, environ=keys, cwd=Path("/nonexistent"), serves=False).api_keys, "the embedded Redis alone"
+    assert load({}, environ={**keys, "LLORCH_WORKER_KEY": "worker-key-1"}, cwd=Path("/nonexistent")).api_keys
+    assert load({}, environ={"LLORCH_WORKER_KEY": "worker-key-1"}, cwd=Path("/nonexistent")).worker_key
+
+
 def test_loopback_is_known_by_name_and_number() -> None:
     assert all(
         map(is_loopback_host, ("localhost", "LOCALHOST.", "a.localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]"))
