@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.engine.reference_attention import CASES, Case, run_case
-from worker.engine.attention import choose_attention
+from worker.engine import attention as attention_module
+from worker.engine.attention import Candidate, candidates, choose_attention
 from worker.engine.attention_sdpa import SdpaAttention
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.loader import LoadError
@@ -193,3 +194,44 @@ def test_masks_that_would_take_too_much_memory_are_made_for_each_layer(monkeypat
         kept = [mask for mask in masks if isinstance(mask, torch.Tensor)]
         assert sum(mask.nbytes for mask in kept) <= limit
         assert len(kept) < len(masks)
+
+
+class Broken(Exception):
+    """What a kernel raises that doesn't concern the device."""
+
+
+@pytest.mark.parametrize(
+    ("error", "device_works", "ends_the_process"),
+    [
+        (torch.AcceleratorError("an illegal memory access was encountered"), False, True),
+        (torch.AcceleratorError("no kernel image is available for execution on the device"), True, False),
+        (Broken("no"), True, False),
+    ],
+)
+def test_a_candidate_that_breaks_the_device_ends_the_process(monkeypatch, error, device_works, ends_the_process):
+    def build(cache, heads, context_length):
+        raise error
+
+    candidate = Candidate("first", 0, True, True, lambda shape, device: None, build)
+    monkeypatch.setattr(attention_module, "candidates", lambda *, deterministic: [candidate, *candidates()])
+    monkeypatch.setattr(attention_module, "_still_works", lambda device: device_works)
+    if ends_the_process:
+        with pytest.raises(torch.AcceleratorError):
+            choose_attention("auto", 4, SHAPE, CPU)
+        return
+    backend = choose_attention("auto", 4, SHAPE, CPU)
+    assert backend.name == "sdpa"
+    assert f"first: its self-test failed ({type(error).__name__}: {error})" in backend.notice
+
+
+def test_a_device_that_works_is_known_to_work():
+    assert attention_module._still_works(CPU)
+
+
+def test_only_what_cannot_cut_its_sums_by_the_batch_counts_as_invariant():
+    assert {c.name: c.batch_invariant for c in candidates()} == {
+        "flash_attn": False,
+        "torch_varlen": True,
+        "sdpa": True,
+    }
+    assert all(candidate.batch_invariant for candidate in candidates(deterministic=True))

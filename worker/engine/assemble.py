@@ -87,7 +87,8 @@ def build_engine(
     progress("measuring", 0.5)
     load = _load(options, loaded, device)
     shape = kv_shape(loaded)
-    backend = choose_attention(options.attention, loaded.model.config.num_attention_heads, shape, device)
+    heads = loaded.model.config.num_attention_heads
+    backend = choose_attention(options.attention, heads, shape, device, deterministic=options.deterministic)
     block_tokens = backend.block_tokens or CPU_BLOCK_TOKENS
     num_blocks = blocks_that_fit(loaded, shape, block_tokens, load, options.kv_memory_bytes, device)
     context_length = min(load.longest, num_blocks * block_tokens)
@@ -97,7 +98,8 @@ def build_engine(
     runner = ModelRunner(loaded.model, cache, attention, padding, lean)
     if not forward_is_finite(runner, cache, loaded.vocab_size, context_length):
         raise not_finite(options.model_dir, loaded.dtype)
-    exact = _choose_threads(runner, cache, loaded, context_length, may_be_exact=_may_be_exact(loaded, options))
+    may_be_exact = backend.batch_invariant and (options.deterministic or loaded.dtype is torch.float32)
+    exact = _choose_threads(runner, cache, loaded, context_length, may_be_exact=may_be_exact)
     if options.deterministic and not exact:
         raise LoadError(
             "NOT_DETERMINISTIC",
@@ -147,7 +149,7 @@ def _introduction(
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: CUDA, then MPS, then the CPU; `cuda:N`: the Nth of the visible GPUs. Raises LoadError where there is none.
+    """`auto`: CUDA, then MPS, then the CPU; `cuda:N`: the Nth GPU that is visible. Raises LoadError if it's missing.
 
     A GPU becomes the current one, which is what everything in torch.cuda that isn't told a device speaks of.
     """
@@ -199,10 +201,6 @@ def _choose_threads(
     if numbers:
         runner.threads = ThreadChoice(numbers)
     return exact
-
-
-def _may_be_exact(loaded: LoadedModel, options: EngineOptions) -> bool:
-    return options.deterministic or loaded.dtype is torch.float32
 
 
 def _load(options: EngineOptions, loaded: LoadedModel, device: torch.device) -> StepLoad:

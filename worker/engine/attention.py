@@ -9,8 +9,10 @@ Read `choose_attention` first. `--attention NAME` is strict: that one, or a reas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -22,6 +24,8 @@ from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.loader import LoadError
 from worker.engine.packed_batch import PackedBatch, Span
 from worker.engine.scheduler import Chunk
+
+logger = logging.getLogger("llorch.engine")
 
 
 class Attention(Protocol):
@@ -61,35 +65,47 @@ class Backend:
     block_tokens: int
     """Tokens a block that its kernel needs; 0 leaves the choice open."""
     wants_contiguous_blocks: bool
+    batch_invariant: bool
+    """False: the kernel cuts its sums by what else is in the batch, in ways that a short trial can't see."""
     build: Callable[[KVCache, int], Attention]
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class Candidate:
+    """One way to attend, and where it can't be used."""
+
     name: str
     block_tokens: int
     wants_contiguous_blocks: bool
+    batch_invariant: bool
     unavailable: Callable[[KVShape, torch.device], str | None]
     build: Callable[[KVCache, int, int], Attention]
     """(cache, heads, context length) → attention."""
 
 
-def _candidates() -> list[_Candidate]:
+def candidates(*, deterministic: bool = False) -> list[Candidate]:
+    """All of them, the best first; `deterministic` takes the batch-invariant variant of each."""
+    flash_attn = partial(_build_flash_attn, one_split=deterministic)
     return [
-        _Candidate("flash_attn", PAGED_BLOCK_TOKENS, False, _flash_attn_unavailable, _build_flash_attn),
-        _Candidate("torch_varlen", PAGED_BLOCK_TOKENS, False, _torch_varlen_unavailable, _build_torch_varlen),
-        _Candidate("sdpa", 0, True, lambda shape, device: None, _build_sdpa),
+        Candidate("flash_attn", PAGED_BLOCK_TOKENS, False, deterministic, _flash_attn_unavailable, flash_attn),
+        Candidate("torch_varlen", PAGED_BLOCK_TOKENS, False, True, _torch_varlen_unavailable, _build_torch_varlen),
+        Candidate("sdpa", 0, True, True, lambda shape, device: None, _build_sdpa),
     ]
 
 
-def choose_attention(name: str, heads: int, shape: KVShape, device: torch.device) -> Backend:
-    """The first candidate that runs here, or the one called `name`. Raises LoadError with the reason if none does."""
-    candidates = _candidates()
-    known = [candidate.name for candidate in candidates]
+def choose_attention(
+    name: str, heads: int, shape: KVShape, device: torch.device, *, deterministic: bool = False
+) -> Backend:
+    """The first candidate that runs here, or the one called `name`; `deterministic` as for `candidates`.
+
+    Raises LoadError with the reason if none does, torch.AcceleratorError if one left the device unusable.
+    """
+    ordered = candidates(deterministic=deterministic)
+    known = [candidate.name for candidate in ordered]
     if name not in ("auto", *known):
         raise LoadError("ATTENTION_UNAVAILABLE", f"--attention {name}: unknown; one of auto, {', '.join(known)}.")
     skipped: list[str] = []
-    for candidate in candidates:
+    for candidate in ordered:
         if name not in ("auto", candidate.name):
             continue
         reason = candidate.unavailable(shape, device) or _self_test(candidate, heads, shape, device)
@@ -99,6 +115,7 @@ def choose_attention(name: str, heads: int, shape: KVShape, device: torch.device
                 "; ".join(skipped),
                 candidate.block_tokens,
                 candidate.wants_contiguous_blocks,
+                candidate.batch_invariant,
                 lambda cache, context, chosen=candidate: chosen.build(cache, heads, context),
             )
         if name != "auto":
@@ -107,7 +124,7 @@ def choose_attention(name: str, heads: int, shape: KVShape, device: torch.device
     raise LoadError("ATTENTION_UNAVAILABLE", f"no attention runs here: {'; '.join(skipped)}.")
 
 
-def _self_test(candidate: _Candidate, heads: int, shape: KVShape, device: torch.device) -> str | None:
+def _self_test(candidate: Candidate, heads: int, shape: KVShape, device: torch.device) -> str | None:
     """Three sequences in one batch – a first token, a token far in, a chunk – against plain products; why not, or None.
 
     More than one sequence, because kernels have got the first one right and left the others unwritten.
@@ -119,9 +136,20 @@ def _self_test(candidate: _Candidate, heads: int, shape: KVShape, device: torch.
         attention = candidate.build(cache, heads, 1024)
         worst = max(_error(attention, cache, heads, window) for window in (None, 100))
     except Exception as error:  # whatever a kernel does on a machine it wasn't made for
+        if isinstance(error, torch.AcceleratorError) and not _still_works(device):
+            logger.error("attention %s broke the device; `--attention` with another name avoids it", candidate.name)
+            raise
         return f"its self-test failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
     limit = 1e-4 if shape.dtype is torch.float32 else 5e-2
     return None if worst < limit else f"its self-test was off by {worst:.3g}"  # also for NaN
+
+
+def _still_works(device: torch.device) -> bool:
+    """Whether the device computes. After some errors (an illegal address) it doesn't, until the process is another."""
+    try:
+        return float(torch.ones(1, device=device).add(1).cpu()) == 2
+    except RuntimeError:
+        return False
 
 
 def _error(attention: Attention, cache: KVCache, heads: int, window: int | None) -> float:
@@ -206,8 +234,8 @@ def _torch_varlen_unavailable(shape: KVShape, device: torch.device) -> str | Non
     return None
 
 
-def _build_flash_attn(cache: KVCache, heads: int, context_length: int) -> Attention:
-    return PagedAttention(cache, flash_attn_kernel())
+def _build_flash_attn(cache: KVCache, heads: int, context_length: int, *, one_split: bool) -> Attention:
+    return PagedAttention(cache, flash_attn_kernel(one_split=one_split))
 
 
 def _build_torch_varlen(cache: KVCache, heads: int, context_length: int) -> Attention:

@@ -3,8 +3,8 @@
 Read `PagedAttention.attend` first. Single tokens and prompt chunks go to the kernel in two calls, because the kernels
 have a faster way for batches in which every query is one token.
 
-Both kernels align a causal mask to the end of the keys, take a window as (tokens to the left, 0), not counting the
-token itself, and want blocks of a multiple of 256 tokens.
+Both kernels align a causal mask to the end of the keys, take a window as (tokens to the left, tokens to the right),
+not counting the token itself and -1 for no limit, and want blocks of a multiple of 256 tokens.
 """
 
 from __future__ import annotations
@@ -87,10 +87,11 @@ class PagedAttention:
         """
         self._cache.write(layer, plan.rows, keys, values)
         pages_k, pages_v = self._pages[layer]
-        sides = (-1, 0) if window is None else (window - 1, 0)
         query = query[0].transpose(0, 1).contiguous()
         outputs = [
-            self._kernel(query[part.first_row : part.last_row], pages_k, pages_v, part, scale, sides)
+            self._kernel(
+                query[part.first_row : part.last_row], pages_k, pages_v, part, scale, _sides(window, part.longest_query)
+            )
             for part in plan.parts
         ]
         padding = query.shape[0] - plan.parts[-1].last_row
@@ -122,8 +123,25 @@ class PagedAttention:
         return torch.tensor(values, dtype=dtype, device=self._cache.pool.device)
 
 
-def flash_attn_kernel() -> Kernel:
-    """flash-attn 2.x. Raises ImportError where it isn't installed or doesn't match this torch."""
+def _sides(window: int | None, longest_query: int) -> tuple[int, int]:
+    """The window as the kernels take it.
+
+    A single query is the last token, so nothing stands to its right. Only with no limit on either side do the kernels
+    treat the query heads of a key head as rows of one query, and read its keys once instead of once for each of them.
+    """
+    if window is None:
+        return (-1, -1) if longest_query == 1 else (-1, 0)
+    return (window - 1, 0)
+
+
+def flash_attn_kernel(*, one_split: bool) -> Kernel:
+    """flash-attn 2.x. Raises ImportError where it isn't installed or doesn't match this torch.
+
+    Left to itself it divides a sequence's keys into as many pieces as keep the GPU busy, by the number of sequences
+    and the longest of them. `one_split`: it doesn't, so company changes no bits, and few long sequences are slower.
+    """
+    import inspect
+
     from flash_attn import (  # pyright: ignore[reportMissingImports] (an optional extra)
         flash_attn_varlen_func,
         flash_attn_with_kvcache,
@@ -131,6 +149,10 @@ def flash_attn_kernel() -> Kernel:
 
     single: Any = flash_attn_with_kvcache
     several: Any = flash_attn_varlen_func
+    singles_splits = {"num_splits": 1} if one_split else {}
+    # Where it can be said at all, chunks get one piece in any case: for sequences of different lengths over blocks,
+    # the kernel puts the pieces together wrongly (flash-attention issue 1217).
+    several_splits = {"num_splits": 1} if "num_splits" in inspect.signature(several).parameters else {}
 
     def run(
         query: torch.Tensor,
@@ -147,10 +169,10 @@ def flash_attn_kernel() -> Kernel:
             "block_table": part.block_table,
         }
         if part.longest_query == 1:
-            return single(query.unsqueeze(1), keys, values, cache_seqlens=part.lengths, **common).squeeze(1)
-        return several(
-            query, keys, values, part.query_starts, part.key_starts, part.longest_query, part.longest_keys, **common
-        )
+            out = single(query.unsqueeze(1), keys, values, cache_seqlens=part.lengths, **common, **singles_splits)
+            return out.squeeze(1)
+        starts = part.query_starts, part.key_starts, part.longest_query, part.longest_keys
+        return several(query, keys, values, *starts, **common, **several_splits)
 
     return run
 
