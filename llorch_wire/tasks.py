@@ -31,6 +31,9 @@ MAX_METADATA = 16
 INT64_MAX = 2**63 - 1
 
 UUID_PATTERN = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
+BIAS_KEY_PATTERN = r"^(0|[1-9][0-9]{0,8})$"
+"""One spelling for each token id: two keys of an object never mean the same token."""
+URL_PATTERN = r"^https?://"
 
 
 def _clean_text(value: str) -> str:
@@ -101,7 +104,7 @@ class SamplingFields(Model):
     top_p: Float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 switches it off")
     min_p: Float = Field(0.0, ge=0, le=1)
-    repetition_penalty: Float = Field(1.0, gt=0, le=10)
+    repetition_penalty: Float = Field(1.0, ge=0.001, le=10)
     presence_penalty: Float = Field(0.0, ge=-2, le=2)
     frequency_penalty: Float = Field(0.0, ge=-2, le=2)
     stop: list[
@@ -110,7 +113,7 @@ class SamplingFields(Model):
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
     logprobs: int | None = Field(None, ge=0, le=20, description="how many alternatives; 0: only the chosen token's")
     logit_bias: dict[
-        Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Annotated[Float, Field(ge=-100, le=100)]
+        Annotated[str, StringConstraints(pattern=BIAS_KEY_PATTERN)], Annotated[Float, Field(ge=-100, le=100)]
     ] = Field(default_factory=dict, max_length=300)
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
@@ -160,7 +163,7 @@ class TaskRequest(SamplingFields):
     placement: Placement = Field(default_factory=Placement)
     on_disconnect: OnDisconnect = "continue"
     task_id: TaskId | None = None
-    callback_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=r"^https?://")] | None = None
+    callback_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=URL_PATTERN)] | None = None
     metadata: dict[
         Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_clean_text)],
         Annotated[str, StringConstraints(max_length=512), AfterValidator(_clean_text)],
@@ -191,10 +194,12 @@ class Problem(NamedTuple):
 def problems(error: ValidationError) -> list[Problem]:
     """What is wrong, in order, without any value that the client sent."""
     found: list[Problem] = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
+    for item in error.errors(include_url=False, include_input=False):
         where = [str(part) for part in item["loc"]]
         field = ".".join(part for part in where if not part.startswith("function-") and part not in _UNION_TAGS)
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "string_pattern_mismatch":
+            message = _PATTERN_WORDS.get(item.get("ctx", {}).get("pattern", ""), message)
         if item["type"] == "extra_forbidden":
             message = f"unknown field `{field}`: remove it or check its spelling"
         elif item["type"] == "missing":
@@ -207,6 +212,11 @@ def problems(error: ValidationError) -> list[Problem]:
     return found
 
 
+_PATTERN_WORDS = {
+    UUID_PATTERN: "must be a UUID: 32 hexadecimal digits in groups of 8-4-4-4-12, with hyphens between them",
+    BIAS_KEY_PATTERN: "must be a token id: a decimal number of at most 9 digits, without leading zeros",
+    URL_PATTERN: "must begin with http:// or https://",
+}
 # Pydantic names the member of a union in an error's location; a client never wrote these words.
 _UNION_TAGS = frozenset({"str", "list[TextPart]", "constrained-str", "[key]"})
 _CROSS_FIELD = {

@@ -37,6 +37,7 @@ MAX_READERS = 16
 LATE_END_S = 1.0
 KEEP_ALIVE_S = 0.5
 METRICS_S = 1.0
+RETRY_LATER = "retry after retry_after_ms, or start this worker with more --slots"
 CancelReason = Literal["cancel", "preempt", "fenced", "deadline"]
 
 _STOP_REASONS: dict[str, StopReason] = {"EOS": "EOS", "STOP_TOKEN": "STOP_SEQUENCE", "MAX_TOKENS": "MAX_TOKENS"}
@@ -127,7 +128,7 @@ class Generations:
         """
         fences = task_id in self._current and self._current[task_id] in self._active
         if self.slots_free <= 0 and not fences:
-            raise unavailable(OVERLOADED, f"all {self.slots_total} slots are taken")
+            raise unavailable(OVERLOADED, f"all {self.slots_total} slots are taken; {RETRY_LATER}")
         self._reserved += 1
         try:
             yield

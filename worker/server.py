@@ -112,14 +112,13 @@ class WorkerApi:
         ):
             raise refused(ErrorCode.NOT_FOUND, "no such attempt in that instance; start a new attempt", field="attempt")
         if generation is None:
+            _check_not_ahead(after, len(body.resume_token_ids))
             generation = await self._service.start(body, _correlation_id(request))
         else:
+            _check_not_ahead(after, generation.next_index)
             self._service.metrics.reattached()
         if after is None:
             after = generation.first_index - 1
-        elif after >= generation.next_index:
-            message = f"`after`: {after} is ahead of this generation, which has {generation.next_index} tokens"
-            raise refused(ErrorCode.CONFLICT, message, field="after")
         reader = self._service.generations.read(generation, after)
         return EventStream(reader.chunks(), headers=HEADERS, ping=NO_PING_S, send_timeout=SEND_TIMEOUT_S)
 
@@ -247,6 +246,16 @@ def _after(text: str | None) -> int | None:
     if not (text.removeprefix("-").isascii() and text.removeprefix("-").isdigit() and len(text) <= 10):
         raise invalid("after", "integer", "`after`: must be the index of the last token you have, -1 for none")
     return int(text)
+
+
+def _check_not_ahead(after: int | None, tokens: int) -> None:
+    """Before a new attempt is started: nobody would read what it computes."""
+    if after is not None and after >= tokens:
+        message = (
+            f"`after`: {after} is ahead of this generation, which has {tokens} tokens; send the index of the last "
+            f"token you have, at most {tokens - 1}"
+        )
+        raise refused(ErrorCode.CONFLICT, message, field="after")
 
 
 def _refusal(error: Refused) -> Response:

@@ -175,6 +175,20 @@ async def test_attach_again_from_any_token(scripted: WorkerProcess, session: aio
     assert (await execute(session, scripted.url, body)).status == 409
 
 
+async def test_a_start_that_is_read_from_beyond_its_beginning_starts_nothing(
+    scripted: WorkerProcess, session: aiohttp.ClientSession
+) -> None:
+    body = request(seed=21, max_tokens=250, resume_token_ids=expected_ids(21, 3))
+    ahead = await execute(session, scripted.url, body, after=3)
+    assert (ahead.status, ahead.refusal["code"], ahead.refusal["errors"][0]["field"]) == (409, "CONFLICT", "after")
+    assert "at most 2" in ahead.refusal["message"]
+    assert all_free(await health(session, scripted.url))
+    attach = {"task_id": body["task_id"], "attempt": 1, "attach_instance_id": "any"}
+    assert (await execute(session, scripted.url, attach)).status == 404, "the attempt isn't known afterwards"
+    taken = await execute(session, scripted.url, body, after=2)
+    assert taken.ids == expected_ids(21, 250)[3:]
+
+
 async def test_attach_only_never_starts_work(scripted: WorkerProcess, session: aiohttp.ClientSession) -> None:
     unknown = request(attach_instance_id="some-other-instance", prompt="hello")
     assert (await execute(session, scripted.url, unknown)).status == 404
@@ -260,6 +274,8 @@ async def test_no_slot_means_503_at_once(scripted: WorkerProcess, session: aioht
     refused = await execute(session, scripted.url, request())
     assert (refused.status, refused.refusal["code"]) == (503, "OVERLOADED")
     assert int(refused.headers["Retry-After"]) >= 1
+    assert "retry after retry_after_ms" in refused.refusal["message"] and "--slots" in refused.refusal["message"]
+    assert refused.refusal["retry_after_ms"] >= 1000
     attached = await execute(session, scripted.url, bodies[0], after=0, stop_after=1)
     assert attached.status == 200, "attaching needs no slot"
     for body in bodies:

@@ -55,6 +55,10 @@ def first_problem(body: dict[str, Any]) -> tuple[str | None, str]:
         ({"prompt": SECRET + "\ud800"}, "prompt"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias.a"),
         ({"logit_bias": {"1": 101.0}}, "logit_bias.1"),
+        ({"logit_bias": {"\u0663": 1.0}}, "logit_bias.\u0663"),
+        ({"logit_bias": {"5": 100.0, "05": -100.0}}, "logit_bias.05"),
+        ({"logit_bias": {"1\n": 1.0}}, "logit_bias.1\n"),
+        ({"repetition_penalty": 0.0009}, "repetition_penalty"),
         ({"metadata": {"k": SECRET * 100}}, "metadata.k"),
         ({"placement": {"mode": "prefer"}}, "placement"),
         ({"callback_url": "ftp://" + "a" * 9}, "callback_url"),
@@ -65,6 +69,19 @@ def first_problem(body: dict[str, Any]) -> tuple[str | None, str]:
 )
 def test_a_bad_field_is_named_and_nothing_is_quoted(changes: dict[str, Any], field: str) -> None:
     assert first_problem({"model": "m", "prompt": SECRET, **changes})[0] == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task_id": "not-a-uuid"}, "`task_id`: must be a UUID"),
+        ({"logit_bias": {"05": 1.0}}, "`logit_bias.05`: must be a token id"),
+        ({"callback_url": "ftp://" + "a" * 9}, "`callback_url`: must begin with http:// or https://"),
+    ],
+)
+def test_a_pattern_is_told_in_words(changes: dict[str, Any], words: str) -> None:
+    message = first_problem({"model": "m", "prompt": SECRET, **changes})[1]
+    assert message.startswith(words) and "^" not in message
 
 
 def test_model_ref_is_model() -> None:

@@ -6,8 +6,11 @@ import math
 
 import pytest
 
+from llorch_wire.tasks import SamplingFields
+from llorch_wire.worker import ExecuteRequest
 from worker.engine.protocol import AddSequence, SamplingSpec
 from worker.engine.request_check import check_request
+from worker.validation import sampling_spec
 
 
 def refusal(prompt: list[int] | None = None, output: list[int] | None = None, **sampling):
@@ -70,3 +73,42 @@ def test_a_resume_may_fill_the_context_but_not_exceed_it():
 def test_ordinary_requests_pass():
     assert refusal(temperature=0.0) is None
     assert refusal(seed=-(2**63), logit_bias={3: -100.0}, stop_token_ids=(9,), logprobs=0) is None
+
+
+def _bounds():
+    """Every number of a request at the lowest and the highest value that the wire lets through."""
+    for name, field in SamplingFields.model_fields.items():
+        for bound in field.metadata:
+            for kind in ("ge", "gt", "le", "lt"):
+                value = getattr(bound, kind, None)
+                if value is not None:
+                    step = {"ge": value, "le": value, "gt": math.nextafter(value, math.inf)}.get(kind)
+                    yield name, math.nextafter(value, -math.inf) if step is None else step
+
+
+BOUNDS = sorted(_bounds())
+
+
+def test_the_wire_bounds_every_number():
+    assert {name for name, _ in BOUNDS} >= {
+        *("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "logprobs"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    }
+
+
+@pytest.mark.parametrize(("name", "value"), [*BOUNDS, ("seed", -(2**63)), ("seed", 2**63 - 1)])
+def test_what_the_wire_lets_through_the_engine_takes(name, value):
+    """Else it would be accepted, take a slot and fail in its stream."""
+    _engine_takes(**{name: value})
+
+
+@pytest.mark.parametrize("bias", [-100, 100])
+def test_so_with_logit_bias(bias):
+    _engine_takes(logit_bias={"0": bias, "9": bias})
+
+
+def _engine_takes(**fields):
+    body = {"task_id": "00000000-0000-4000-8000-000000000000", "attempt": 1, "prompt_token_ids": [1], "seed": 1}
+    request = ExecuteRequest.model_validate({**body, **fields})
+    add = AddSequence(sequence_id="s", prompt_token_ids=[1], sampling=sampling_spec(request, 15))
+    assert check_request(add, vocab_size=10, context_length=16) is None
