@@ -17,7 +17,7 @@ from worker.engine.block_manager import BlockManager
 from worker.engine.cache_size import StepLoad, allocate, blocks_that_fit
 from worker.engine.cpu_layers import PADDINGS, RowPadding, prepare_for_cpu
 from worker.engine.exactness import forward_is_exact, forward_is_finite
-from worker.engine.experts import EXPERTS_NAME, register_experts
+from worker.engine.experts import register_experts
 from worker.engine.kv_cache import KVCache, KVShape
 from worker.engine.lean_decoder import lean_decoder
 from worker.engine.lean_layer import make_lean
@@ -74,14 +74,14 @@ def build_engine(
     """Load the model and size everything. Raises LoadError with what to do."""
     device = choose_device(options.device)
     register_attention()
-    register_experts()
+    experts_name = register_experts(device)
     progress("reading weights", 0.0)
     loaded = load_model(
         options.model_dir,
         device=device,
         dtype=options.dtype,
         attention_name=ATTENTION_NAME,
-        experts_name=EXPERTS_NAME,
+        experts_name=experts_name,
     )
     padding, lean_layers = _prepare(loaded, device)
     progress("measuring", 0.5)

@@ -49,6 +49,8 @@ class Sampler:
         Rows beyond the sequences are padding. Raises nothing: parameters were validated when the sequences came.
         """
         specs = [sequence.sampling for sequence in sequences]
+        if logits.device.type == "mps":
+            logits = logits.cpu()  # Metal has no float64, in which the sums and the noise are computed
         logits = logits.float()
         raw = logits
         logits = self._adjust(logits, sequences)

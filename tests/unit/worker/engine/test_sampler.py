@@ -265,6 +265,25 @@ def test_rows_of_padding_are_ignored() -> None:
     assert SAMPLER.sample(logits, drawn) == SAMPLER.sample(logits[:2], drawn)
 
 
+class OnMetal:
+    """Logits on a device that no test machine has: nothing may be asked of them but to come to the CPU."""
+
+    device = torch.device("mps")
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def cpu(self) -> torch.Tensor:
+        return self.logits
+
+
+def test_logits_on_metal_are_sampled_on_the_cpu() -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(8))
+    drawn = [sequence([1], seed=1, top_p=0.9, logprobs=2), sequence([1], seed=2, min_p=0.1), sequence([1], seed=3)]
+    on_metal: Any = OnMetal(logits)
+    assert SAMPLER.sample(on_metal, drawn) == SAMPLER.sample(logits, drawn)
+
+
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     """Not on how the tokens before it are divided into prompt and output, or on what they are."""
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(7)).tolist()
