@@ -17,6 +17,11 @@ MAX_HEADER_BYTES = 64 * 1024
 HEADER_DEADLINE_S = 15.0
 BODY_DEADLINE_S = 60.0
 MAX_CONNECTIONS = 8192
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+
+
+class HeadTooLargeError(LlorchError):
+    """The request's head is larger than the bound."""
 
 
 class BodyTooLargeError(LlorchError):
@@ -38,6 +43,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """
 
     _head_bytes = 0
+    _parsed_bytes = 0
     _in_head = False
     _head_timer: TimerHandle | None = None
 
@@ -60,18 +66,38 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._refuse(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+            self._refuse(TOO_LARGE)
 
     def on_message_begin(self) -> None:
         """A head starts."""
         super().on_message_begin()
+        self._parsed_bytes = 0
         if not self._in_head:
             self._start_head()
+
+    def on_url(self, url: bytes) -> None:
+        """Count what the parser has seen: a head that comes whole, in one piece, is bounded too."""
+        self._parsed_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count, as for the URL."""
+        self._parsed_bytes += len(name) + len(value) + len(b": \r\n")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is complete: what follows is bounded by `read_body`."""
         self._end_head()
+        if self._parsed_bytes > MAX_HEADER_BYTES:
+            raise HeadTooLargeError  # the parser stops, and uvicorn asks for a 400
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser refused, and what was refused to it."""
+        if self._parsed_bytes > MAX_HEADER_BYTES:
+            self._refuse(TOO_LARGE)
+        else:
+            super().send_400_response(msg)
 
     def _start_head(self) -> None:
         self._in_head, self._head_bytes = True, 0

@@ -22,16 +22,21 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from llorch_wire.errors import ErrorCode
+from llorch_wire.errors import ErrorCode, LlorchError
 from orchestratord.api.context import new_correlation_id
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 10.0
 LINGER_S = 10.0
 PEER_TIMEOUT_MS = 12_000
+_HEAD_TOO_LARGE = f"the request head is larger than {MAX_HEAD_BYTES} bytes; send fewer or shorter headers"
 
 # Linux: probe an idle peer after 5 s, every 3 s, three times; elsewhere the system's defaults apply.
 _TCP_OPTIONS = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", PEER_TIMEOUT_MS))
+
+
+class HeadTooLargeError(LlorchError):
+    """A request's head is larger than the bound."""
 
 
 class BoundedServer(uvicorn.Server):
@@ -47,6 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
     _head_bytes = 0
+    _parsed_bytes = 0
     _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
@@ -75,15 +81,28 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._arm_head_timer()
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, ErrorCode.INVALID_PARAMS, f"the request head is larger than {MAX_HEAD_BYTES} bytes")
+            self._refuse(431, ErrorCode.INVALID_PARAMS, _HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         """A request begins; hand the app a way to cut this connection at once."""
         super().on_message_begin()
+        self._parsed_bytes = 0
         self.scope["extensions"] = {"llorch.connection": {"abort": self.transport.abort}}
+
+    def on_url(self, url: bytes) -> None:
+        """Count what the parser has seen: a head that comes whole, in one piece, is bounded too."""
+        self._parsed_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count, as for the URL."""
+        self._parsed_bytes += len(name) + len(value) + len(b": \r\n")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is complete: from here the body's own bounds count."""
+        if self._parsed_bytes > MAX_HEAD_BYTES:
+            raise HeadTooLargeError  # the parser stops, and uvicorn asks for a 400
         self._in_head = False
         self._stop_head_timer()
         super().on_headers_complete()
@@ -103,8 +122,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what isn't HTTP in our own shape."""
-        self._refuse(400, ErrorCode.INVALID_PARAMS, "this is not a valid HTTP/1.1 request")
+        """Answer what isn't HTTP, or has too large a head, in our own shape."""
+        if self._parsed_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, ErrorCode.INVALID_PARAMS, _HEAD_TOO_LARGE)
+        else:
+            self._refuse(400, ErrorCode.INVALID_PARAMS, "this is not a valid HTTP/1.1 request")
 
     def _refuse(self, status: int, code: ErrorCode, message: str) -> None:
         identity = new_correlation_id()

@@ -179,6 +179,8 @@ async def test_any_content_type_will_do_and_a_key_twice_counts_as_the_last(
         (b"BANANA\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 200_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 30_000 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 12_000 + b"\r\n", 431),
         (b"POST /v2/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400),
     ],
 )

@@ -65,6 +65,23 @@ async def test_a_head_that_is_too_long() -> None:
         assert (await talk(port, HEAD, b"x: " + b"y" * 70_000)).startswith(b"HTTP/1.1 431")
 
 
+@pytest.mark.parametrize("filler", [b"x: " + b"y" * 70_000 + b"\r\n", b"x: y\r\n" * 12_000], ids=["long", "many"])
+async def test_a_head_that_is_too_long_but_comes_whole(filler: bytes) -> None:
+    tail = b"content-length: 3\r\n\r\nabc"
+    small = HEAD.replace(b"connection: close\r\n", b"content-length: 3\r\n") + b"\r\nabc"
+    async with server() as port:
+        answer = await talk(port, HEAD + filler + tail)
+        assert answer.startswith(b"HTTP/1.1 431") and b"200 OK" not in answer
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(small)
+        assert (await reader.readuntil(b"\r\n\r\n3")).startswith(b"HTTP/1.1 200")
+        writer.write(HEAD + filler + tail)
+        assert (await reader.read()).startswith(b"HTTP/1.1 431"), "the second one of a connection too"
+        writer.close()
+        assert (await talk(port, HEAD + b"x: " + b"y" * 60_000 + b"\r\n" + tail)).startswith(b"HTTP/1.1 200")
+        assert (await talk(port, b"BANANA\r\n\r\n")).startswith(b"HTTP/1.1 400")
+
+
 async def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_limits, "BODY_DEADLINE_S", 0.2)
     async with server() as port:
