@@ -21,6 +21,7 @@ from urllib.parse import quote, urlsplit
 from llorch_pool import model_ref
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
+from llorch_pool.hub_endpoint import Endpoint, endpoint, without_password
 from llorch_pool.model_ref import ModelRef
 
 HUB = "https://huggingface.co"
@@ -108,13 +109,14 @@ class FolderSource:
 class HubSource:
     """A repository at a commit."""
 
-    def __init__(self, ref: ModelRef, revision: str, files: list[SourceFile], endpoint: str, token: str | None) -> None:
+    def __init__(self, ref: ModelRef, revision: str, files: list[SourceFile], at: Endpoint, token: str | None) -> None:
         self.ref = str(ModelRef("hf", ref.target, ref.revision))
         self.revision = revision
         self.identity = f"hf:{ref.target}@{revision}"
         self.files = files
-        self._base = f"{endpoint}/{ref.target}/resolve/{revision}"
-        self._token = token
+        # The address alone, without a user and password in it: urllib would take them for a part of the host's name.
+        self._base = f"{at.shown}/{ref.target}/resolve/{revision}"
+        self._authorization = at.basic or (f"Bearer {token}" if token else "")
         self._opener = urllib.request.build_opener(_Redirects())
 
     @contextlib.contextmanager
@@ -123,8 +125,8 @@ class HubSource:
         request = urllib.request.Request(f"{self._base}/{quote(file.path)}")
         request.add_header("Accept-Encoding", "identity")
         request.add_header("User-Agent", "llorch-pool")
-        if self._token:
-            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        if self._authorization:
+            request.add_unredirected_header("Authorization", self._authorization)
         if offset and validator and not validator.startswith("W/"):
             request.add_header("Range", f"bytes={offset}-")
             request.add_header("If-Range", validator)
@@ -134,7 +136,8 @@ class HubSource:
             with error:
                 raise self._refused(file, error.code, error.headers) from None
         except (OSError, http.client.HTTPException) as error:
-            raise TransientError(str(getattr(error, "reason", "") or error or type(error).__name__)) from error
+            reason = str(getattr(error, "reason", "") or error or type(error).__name__)
+            raise TransientError(without_password(reason)) from error
         with response:
             start = offset if response.status == 206 and _range_start(response.headers) == offset else 0
             yield Reading(start, response.headers.get("ETag", ""), response)
@@ -188,14 +191,14 @@ def hub_refusal(status: int, what: str, page: str) -> PoolError:
     return PoolError(f"{what}: the Hub refuses with HTTP {status}", next_step=f"Look at {page}.", code="hub")
 
 
-def hub_source(context: Context, ref: ModelRef, endpoint: str | None, token: str | None) -> HubSource:
+def hub_source(context: Context, ref: ModelRef, address: str | None, token: str | None) -> HubSource:
     """Ask the Hub what the repository holds at `ref`'s revision, and pin it. Raises PoolError."""
+    at = endpoint(address or context.environ.get("HF_ENDPOINT") or HUB)  # before the library, whose import takes long
     from huggingface_hub import HfApi, get_token
 
-    endpoint = (endpoint or context.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     token = token or context.environ.get("HF_TOKEN") or get_token()
     # False switches the library's own search for a token off: the one above is the one to use.
-    info = _ask(context, HfApi(endpoint=endpoint, token=token or False), ref, f"{endpoint}/{ref.target}")
+    info = _ask(context, HfApi(endpoint=at.whole, token=token or False), ref, f"{at.shown}/{ref.target}")
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     files: list[SourceFile] = []
     for path in model_ref.wanted(siblings):
@@ -205,7 +208,7 @@ def hub_source(context: Context, ref: ModelRef, endpoint: str | None, token: str
         if size is None:
             raise PoolError(f"{ref}: the Hub does not say how large {path} is", next_step="Try again later.")
         files.append(SourceFile(path, size, lfs.sha256 if lfs else "", "" if lfs else sibling.blob_id or ""))
-    return HubSource(ref, str(info.sha), files, endpoint, token)
+    return HubSource(ref, str(info.sha), files, at, token)
 
 
 def _ask(context: Context, api: Any, ref: ModelRef, page: str) -> Any:
@@ -244,7 +247,7 @@ def _ask(context: Context, api: Any, ref: ModelRef, page: str) -> Any:
         except Exception as error:  # the library's HTTP client differs between its releases, and so do its exceptions
             if isinstance(error, PoolError | ValueError | TypeError | AttributeError):
                 raise
-            reason = str(error) or type(error).__name__
+            reason = without_password(str(error)) or type(error).__name__
         if pause is None:
             raise PoolError(
                 f"the Hub at {page} can't be reached: {reason}",
