@@ -6,8 +6,9 @@ Read `ExecuteRequest` first: it starts, continues or re-attaches to one attempt 
 from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from llorch_wire.events import Determinism
 from llorch_wire.tasks import (
@@ -25,6 +26,25 @@ WorkerStatus: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 WorkerId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
+def _worker_url(url: str) -> str:
+    """`url`, if a connection can be tried there. Raises ValueError."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if ":" not in host:  # an IPv6 address was checked by urlsplit
+            host = host.encode("idna").decode()
+    except ValueError:
+        host, port = "", 0
+    if not host or port == 0 or not {"@", "?", "#", "\\"}.isdisjoint(url):
+        raise ValueError("must be http(s)://host[:port], as orchestratord reaches it")
+    return url
+
+
+WorkerUrl = Annotated[
+    str, StringConstraints(pattern=r"^https?://[^\s/]+$", max_length=512), AfterValidator(_worker_url)
+]
+
+
 class Reply(Model):
     """Base of messages that a newer peer may extend: unknown fields are ignored, so that versions can differ by one."""
 
@@ -36,7 +56,7 @@ class WorkerRegistration(Reply):
 
     worker_id: WorkerId
     instance_id: Identifier
-    url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+$", max_length=512)]
+    url: WorkerUrl
     pool: Identifier = "local"
     model: Identifier
     model_digest: Identifier

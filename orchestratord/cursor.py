@@ -66,11 +66,12 @@ class Cursor:
         """Pass an event that is no token. False when the reader shouldn't get it.
 
         A move that keeps fewer tokens than the reader has is kept from it: the tokens between will come again and be
-        left out, and a reader that resumed from this move would get them. One that keeps more, or an end after more,
-        can't be passed at all.
+        left out, and a reader that resumed from this move would get them. One that keeps more, or an end after more or
+        fewer, can't be passed at all.
         """
         reached = _tokens_before(event)
-        if self.next_index is not None and reached is not None and reached > self.next_index:
+        fits = self.next_index is None or reached is None or reached == self.next_index
+        if not fits and (isinstance(event, EndEvent) or (reached or 0) > (self.next_index or 0)):
             self.parted = True
             return False
         self.position = position
@@ -127,11 +128,12 @@ def _next_index_after(event: TaskEvent) -> int | None:
     return 0 if isinstance(event, StartedEvent) else None
 
 
-def open_cursor(after: str | None, first: str, last: str, sealed: bool, tokens_logged: int) -> Cursor:
+def open_cursor(after: str | None, first: str, last: str, sealed: bool, tokens_logged: int, attempt_now: int) -> Cursor:
     """The cursor for `Last-Event-ID`, None: from the start. `first`, `last`: positions that the log holds now.
 
     Raises ApiError INVALID_PARAMS for what is no position, GONE when the log no longer reaches back to it, CONFLICT
-    when it is ahead of a log that has ended. One ahead of a live log (its tail was lost in a failover) waits for it.
+    when it is ahead of a log that has ended, or of a live one by more than a failover may have undone: an end, or more
+    than one attempt (`attempt_now`: the task's). One that is ahead by less waits for the log to come there again.
     """
     try:
         wanted = START if after is None else parse_position(after)
@@ -152,6 +154,13 @@ def open_cursor(after: str | None, first: str, last: str, sealed: bool, tokens_l
     attempt, number = wanted
     tells_tokens = attempt > 0 and number < TERMINAL_SEQUENCE
     beyond = wanted > parse_position(last) or (tells_tokens and number > tokens_logged)
+    if not sealed and wanted > START and (attempt > attempt_now + 1 or number == TERMINAL_SEQUENCE):
+        raise ApiError(
+            ErrorCode.CONFLICT,
+            "this id is of an attempt or an end that this task doesn't have (a failover of Redis may have undone it): "
+            "read again from the start",
+            param="Last-Event-ID",
+        )
     if sealed and beyond:
         raise ApiError(
             ErrorCode.CONFLICT,

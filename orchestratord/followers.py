@@ -148,7 +148,7 @@ class Followers:
         if sealed and record.finished_at_ms is None:  # it ended between the two reads
             record = await store.task(task_id, tenant) or record
         waits = record.status == "queued" and parse_position(last)[0] == 0
-        return open_cursor(after, first, last, sealed, record.usage.tokens_out), last, sealed, waits
+        return open_cursor(after, first, last, sealed, record.usage.tokens_out, record.attempt), last, sealed, waits
 
     def _join(self, task_id: str, last: str, waits: bool) -> Follower:
         """The task's follower with this reader counted; a new one begins at the log's present end."""

@@ -219,7 +219,7 @@ class Relay:
             return Ended(event)
         if event.stop_reason == "CANCELLED":
             # Who cancelled has sealed the log before; where nobody did, the task must go on elsewhere.
-            return TurnedAway("the worker stopped the attempt unasked")
+            return Faulted("the worker stopped the attempt unasked")
         return Ended(event)
 
     def _body(self) -> bytes:
@@ -234,7 +234,7 @@ class Relay:
     async def _refused(self, stream: WorkerStream) -> Outcome:
         status, refusal = stream.status, await stream.refusal()
         if status == 404:
-            return Vanished()
+            return Vanished() if self._start is None else Faulted("it has no /execute")
         if status in (400, 413, 422):
             payload = await until_stored(
                 lambda: self._house.store.payload(self.task.task_id), self._house.observations, "payload"

@@ -116,6 +116,7 @@ class Orchestrator(TaskSurface, FleetSurface):
                 self._loop(listening.run_subscribing, "subscriptions")
                 self._loop(self._recovery.run_sweeping, "sweep")
                 adopting = self._loop(self._recovery.run_adopting, "adopt")
+                self._loop(house.watch.run_looking_again, "lost workers")
                 self._loop(house.followers.run_ticking, "ticks")
                 for number in range(CATCHERS):
                     self._loop(house.followers.run_catching, f"catch-up {number}")
@@ -196,6 +197,7 @@ class Orchestrator(TaskSurface, FleetSurface):
                 await asyncio.wait((dispatching, adopting), timeout=self._stop_deadline_s / 2)
                 self._house.relays.close()
                 self._house.followers.close()
+                await self._end_served()
                 await end_tasks([lease])
                 await self._house.replicas.leave()
         except (TimeoutError, StoreUnavailableError):

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 MAX_CRASHES = 4
 """Workers that a task may take down in a row, without a token in between, before it is called poison."""
+MAX_IDLE_YIELDS = 16
+"""Attempts in a row that yield without a token, before that counts as the worker's failure. Preemption alone can't
+reach it: the pauses between them grow to ten seconds."""
 ACK_TRIES = 3
 
 
@@ -65,6 +68,7 @@ class Settlement:
         self._house = house
         self._failures = Recent()
         self._refusals = Recent()
+        self._idle_yields = Recent()
         self._log = structlog.get_logger("orchestratord.settle")
 
     async def settle(self, relay: Relay, outcome: Outcome) -> None:
@@ -85,7 +89,7 @@ class Settlement:
                 else:
                     await self._requeue(relay, "handover" if relay.adopted else "worker_error", "it was not there")
             case Yielded():
-                await self._requeue(relay, "drained" if relay.drained else "preempted", "it yielded", avoid=False)
+                await self._yielded(relay)
             case TurnedAway(why, retry_after_ms, unreachable):
                 await self._turned_away(relay, why, retry_after_ms, unreachable=unreachable)
             case Fenced():
@@ -155,6 +159,18 @@ class Settlement:
             pause_ms=0 if relay.progressed else backoff_ms(earlier),
         )
 
+    async def _yielded(self, relay: Relay) -> None:
+        """No failure, and at once back in the queue; unless attempts yield again and again without a token."""
+        task_id = relay.task.task_id
+        times = 0 if relay.progressed else self._idle_yields.get(task_id) + 1
+        self._idle_yields.put(task_id, times)
+        if times > MAX_IDLE_YIELDS:
+            await self._fail(relay, "worker_error", f"it yielded {times} times without a token", crash=False)
+            return
+        reason: RequeueReason = "drained" if relay.drained else "preempted"
+        pause_ms = backoff_ms(times - 2, first_ms=100) if times > 1 else 0
+        await self._requeue(relay, reason, "it yielded", avoid=False, pause_ms=pause_ms)
+
     async def _turned_away(self, relay: Relay, why: str, retry_after_ms: int | None, *, unreachable: bool) -> None:
         """Not the task's fault, so never counted against it; the pauses grow, so that it doesn't spin."""
         times = self._refusals.get(relay.task.task_id)
@@ -207,6 +223,7 @@ class Settlement:
     def _forget(self, task_id: str) -> None:
         self._failures.put(task_id, 0)
         self._refusals.put(task_id, 0)
+        self._idle_yields.put(task_id, 0)
 
 
 def _last_failure(task: RunningTask, reason: RequeueReason, why: str) -> ErrorEvent:

@@ -14,7 +14,6 @@ from types import TracebackType
 
 import aiohttp
 import msgspec
-from pydantic import ValidationError
 
 from llorch_wire.errors import LlorchError
 from llorch_wire.worker import WorkerHealth
@@ -172,7 +171,7 @@ class WorkerClient:
             async with asyncio.timeout(max(self._connect_s, self._stall_s)):
                 data = body if len(body) < LARGE_BODY_BYTES else io.BytesIO(body)
                 response = await self._streams.post(target, data=data, headers=headers, allow_redirects=False)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError) as error:  # or no URL at all
             raise WorkerUnreachableError(f"can't connect: {type(error).__name__}", sent=False) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise WorkerUnreachableError(f"no answer: {type(error).__name__}", sent=True) from error
@@ -188,7 +187,7 @@ class WorkerClient:
         try:
             async with asyncio.timeout(self._probe_s), self._control.get(f"{url}/health") as response:
                 return WorkerHealth.model_validate_json(await _read_all(response))
-        except (aiohttp.ClientError, ConnectionError, TimeoutError, ValidationError):
+        except (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError):  # or no URL, or no health
             return None
 
     async def cancel(self, url: str, task_id: str, attempt: int, reason: str, correlation_id: str = "") -> bool:
@@ -219,7 +218,7 @@ class WorkerClient:
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
                 if fresh:
                     return False
-            except (aiohttp.ClientError, TimeoutError):
+            except (aiohttp.ClientError, TimeoutError, ValueError):
                 return False
         return False
 

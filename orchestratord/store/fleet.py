@@ -76,11 +76,16 @@ class FleetStore(StoreBase):
         return bool(await self._run("remove_worker", "", worker_id))
 
     async def mark_worker_lost(
-        self, worker_id: str, instance_id: str, reason: str, *, now_ms: int | None = None
+        self, worker_id: str, instance_id: str, reason: str, *, unreachable: bool = False, now_ms: int | None = None
     ) -> bool:
         """True when this call marked it; False when another instance is registered or it was lost already. A heartbeat
-        of the same instance takes the mark away."""
-        return bool(await self._run("mark_worker_lost", moment(now_ms), worker_id, instance_id, reason))
+        of the same instance takes the mark away; of an `unreachable` one, only `worker_answers` does."""
+        mark = "1" if unreachable else "0"
+        return bool(await self._run("mark_worker_lost", moment(now_ms), worker_id, instance_id, reason, mark))
+
+    async def worker_answers(self, worker_id: str, instance_id: str, *, now_ms: int | None = None) -> bool:
+        """An unreachable worker was reached. True when it takes work again by this call."""
+        return bool(await self._run("worker_answers", moment(now_ms), worker_id, instance_id))
 
     async def replica_heartbeat(self, replica_id: str, url: str, lease_ms: int, *, now_ms: int | None = None) -> None:
         """This replica lives; when its lease ends the others adopt its tasks."""

@@ -108,6 +108,33 @@ async def test_marking_lost_names_the_instance_that_was_probed(store: Store) -> 
     ]
 
 
+async def test_heartbeats_alone_do_not_bring_an_unreachable_worker_back(store: Store) -> None:
+    await worker(store)
+    assert not await store.worker_answers("w1", "i1", now_ms=T), "it never was unreachable"
+    assert await store.mark_worker_lost("w1", "i1", "silent", unreachable=True, now_ms=T)
+    for second in range(3):
+        await store.heartbeat("w1", heartbeat("i1"), 3000, now_ms=T + 1000 * second)
+        view = await store.worker("w1", now_ms=T + 1000 * second)
+        assert view is not None and view.state == "lost"
+        assert await store.audit() == []
+    assert not await store.worker_answers("w1", "another", now_ms=T + 2500)
+    assert await store.worker_answers("w1", "i1", now_ms=T + 2500)
+    assert not await store.worker_answers("w1", "i1", now_ms=T + 2500)
+    view = await store.worker("w1", now_ms=T + 2500)
+    assert view is not None and view.state == "ready"
+    assert [event.kind for event in await store.read_fleet()][1:] == ["worker_lost", "worker_back"]
+    assert await store.audit() == []
+
+
+async def test_one_that_answers_but_no_longer_heartbeats_stays_lost_until_it_does(store: Store) -> None:
+    await worker(store)
+    await store.mark_worker_lost("w1", "i1", "silent", unreachable=True, now_ms=T)
+    assert not await store.worker_answers("w1", "i1", now_ms=T + 10**6)
+    await store.heartbeat("w1", heartbeat("i1"), 3000, now_ms=T + 10**6)
+    view = await store.worker("w1", now_ms=T + 10**6)
+    assert view is not None and view.state == "ready"
+
+
 async def test_replicas(store: Store) -> None:
     await store.replica_heartbeat("r2", "http://b", 2000, now_ms=T)
     await store.replica_heartbeat("r1", "http://a", 2000, now_ms=T)

@@ -123,9 +123,11 @@ class Town:
         await asyncio.gather(replica.running, return_exceptions=True)
         await replica.store.aclose()
 
-    async def worker(self, worker_id: str = "w1", **options: Any) -> ScriptedWorker:
+    async def worker(
+        self, worker_id: str = "w1", kind: type[ScriptedWorker] = ScriptedWorker, **options: Any
+    ) -> ScriptedWorker:
         """One more worker, registered."""
-        worker = ScriptedWorker([], worker_id, heartbeats=False, **options)
+        worker = kind([], worker_id, heartbeats=False, **options)
         await worker.start()
         self.workers.append(worker)
         self.pumps.append(asyncio.create_task(self._pump(worker)))

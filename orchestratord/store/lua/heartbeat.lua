@@ -11,12 +11,16 @@ local id = ARGV[2]
 local worker = worker_hash(id)
 if not worker or worker.instance_id ~= ARGV[3] then return { 0, 0 } end
 
+-- Found unreachable, it stays lost until somebody reaches it: hearing it isn't enough to send it work.
+local unreachable = worker.unreachable == '1'
 local expires = integer(now + tonumber(ARGV[4]))
-redis.call('HSET', key('worker', id), 'status', ARGV[5], 'lost', '0', 'lease_ms', ARGV[4], 'lease_expires_at_ms', expires,
+redis.call('HSET', key('worker', id), 'status', ARGV[5], 'lost', unreachable and '1' or '0',
+  'lease_ms', ARGV[4], 'lease_expires_at_ms', expires,
   'kv_blocks_free', ARGV[6], 'tokens_per_second', ARGV[7], 'vram_used_bytes', ARGV[8])
-redis.call('ZADD', key('worker-leases'), expires, id)
-if worker.lost == '1' then fleet(now, 'worker_back', id, 'heartbeats again') end
-local changed = worker.lost == '1' or worker.status ~= ARGV[5] or tonumber(worker.lease_expires_at_ms) <= now
+local back = worker.lost == '1' and not unreachable
+if not unreachable then redis.call('ZADD', key('worker-leases'), expires, id) end
+if back then fleet(now, 'worker_back', id, 'heartbeats again') end
+local changed = back or worker.status ~= ARGV[5] or tonumber(worker.lease_expires_at_ms) <= now
 
 local reply, runs = { 1, redis.call('HEXISTS', key('drains'), id) }, {}
 for i = 9, #ARGV, 2 do

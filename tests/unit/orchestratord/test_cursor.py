@@ -66,7 +66,7 @@ def test_from_any_cursor_a_reader_gets_exactly_the_rest(made: tuple[list[LogEntr
     assert positions == sorted(positions, key=lambda position: parse_position(position or ""))
     split = data.draw(st.integers(0, len(whole) - 1))
     at = whole[split].position
-    cursor = open_cursor(at, "0-1", entries[-1].position, True, total)
+    cursor = open_cursor(at, "0-1", entries[-1].position, True, total, 9)
     rest: list[object] = []
     beyond = [entry for entry in entries if parse_position(entry.position) > parse_position(at or "")]
     while beyond:
@@ -124,7 +124,7 @@ def test_a_move_that_keeps_fewer_tokens_than_the_reader_has_is_kept_from_it() ->
 def test_a_move_that_was_undone_is_a_place_to_go_on_from() -> None:
     """Its id didn't say how many tokens had come before it, and all those that the log had lost came a second time."""
     undone_log = [moved(3, 1), tokens(3, 1, 2), tokens(3, 3, 4, 5), ended(3, 6)]
-    cursor = open_cursor("2-4", "0-1", "1-1", False, 1)
+    cursor = open_cursor("2-4", "0-1", "1-1", False, 1, 1)
     assert [item.position for item in cursor.fresh(undone_log)] == ["3-5", "3-6", f"3-{TERMINAL}"]
 
 
@@ -142,20 +142,31 @@ def test_nothing_is_taken_across_a_hole(beyond: LogEntry) -> None:
 @pytest.mark.parametrize("text", ["banana", "", "1", "1-", "-1", "1-2-3", "1.5-2", "1-18446744073709551616", "٣-1"])
 def test_what_is_no_position(text: str) -> None:
     with pytest.raises(ApiError) as raised:
-        open_cursor(text, "0-1", "1-5", False, 5)
+        open_cursor(text, "0-1", "1-5", False, 5, 1)
     assert (raised.value.code, raised.value.param) == (ErrorCode.INVALID_PARAMS, "Last-Event-ID")
 
 
 def test_trimmed_ahead_and_waiting() -> None:
     with pytest.raises(ApiError) as gone:
-        open_cursor("1-3", "1-10", f"1-{TERMINAL}", True, 20)
+        open_cursor("1-3", "1-10", f"1-{TERMINAL}", True, 20, 1)
     assert gone.value.code is ErrorCode.GONE
     with pytest.raises(ApiError) as from_start:
-        open_cursor(None, "1-10", "1-20", False, 20)
+        open_cursor(None, "1-10", "1-20", False, 20, 1)
     assert from_start.value.code is ErrorCode.GONE
     for ahead in ("2-20", "1-21", f"2-{TERMINAL}"):
         with pytest.raises(ApiError) as conflict:
-            open_cursor(ahead, "0-1", f"1-{TERMINAL}", True, 20)
+            open_cursor(ahead, "0-1", f"1-{TERMINAL}", True, 20, 1)
         assert conflict.value.code is ErrorCode.CONFLICT
-    assert open_cursor("2-7", "0-1", "1-5", False, 5).position == (2, 7)
-    assert open_cursor(f"1-{TERMINAL}", "0-1", f"1-{TERMINAL}", True, 20).finished
+    for made_up in ("3-0", f"1-{TERMINAL}", f"2-{TERMINAL}"):
+        with pytest.raises(ApiError) as conflict:
+            open_cursor(made_up, "0-1", "1-5", False, 5, 1)
+        assert conflict.value.code is ErrorCode.CONFLICT
+    assert open_cursor("2-7", "0-1", "1-5", False, 5, 1).position == (2, 7)
+    assert open_cursor(f"1-{TERMINAL}", "0-1", f"1-{TERMINAL}", True, 20, 1).finished
+
+
+def test_an_end_after_fewer_tokens_than_the_reader_has_is_not_passed() -> None:
+    """Whoever resumed from an id that the task never reached got the end, as if the tokens before had been its."""
+    cursor = Cursor((1, 5000), 5000)
+    assert cursor.fresh([ended(1, 100)]) == []
+    assert cursor.parted
