@@ -180,7 +180,7 @@ async def _redis(settings: Settings) -> AsyncGenerator[str]:
     if settings.redis_url is not None:
         yield settings.redis_url.get_secret_value()
         return
-    async with EmbeddedRedis(settings.data_dir) as embedded:
+    async with EmbeddedRedis(settings.data_dir, max_memory=settings.redis_memory_bytes) as embedded:
         yield embedded.url
 
 

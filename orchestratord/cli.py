@@ -66,13 +66,14 @@ def _redis(given: list[str]) -> int:
         prog="orchestratord redis", description="Run the embedded Redis in the foreground, durable, on a unix socket."
     )
     _add_setting(parser, "data_dir")
+    _add_setting(parser, "redis_memory_mb")
     _add_setting(parser, "ready_file")
     _add_setting(parser, "log_level")
     _add_setting(parser, "log_format")
     try:
         settings = load(vars(parser.parse_args(given)), serves=False)
         configure(settings.log_level, settings.log_format)
-        return run_foreground(settings.data_dir, ready_file=settings.ready_file)
+        return run_foreground(settings.data_dir, ready_file=settings.ready_file, max_memory=settings.redis_memory_bytes)
     except SettingsError as error:
         return _complain(error, 2)
     except LlorchError as error:

@@ -9,7 +9,8 @@ Read `EmbeddedRedis.start` and `_supervise`. Who wins when processes die:
     SIGTERM                       the server writes all it has and ends
 
 The folder holds `redis.lock`, `redis.log` and the append-only file. `appendfsync always`: what was acknowledged
-survives SIGKILL and power loss. See docs/redis-state.md.
+survives SIGKILL and power loss. Its memory has a bound, at which it refuses rather than forgets. See
+docs/redis-state.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import structlog
 
 from orchestratord.redis_folder import EmbeddedRedisError as EmbeddedRedisError
 from orchestratord.redis_folder import lock_folder
+from orchestratord.redis_memory import default_bound
 from orchestratord.redis_server import find_server
 
 SOCKET_PATH_BYTES = 100
@@ -72,8 +74,10 @@ class EmbeddedRedis:
     Must be entered on the main thread: PDEATHSIG fires when the thread that spawned the server ends.
     """
 
-    def __init__(self, data_dir: Path, *, server: str | None = None) -> None:
+    def __init__(self, data_dir: Path, *, server: str | None = None, max_memory: int | None = None) -> None:
+        """`max_memory` in bytes; None takes `default_bound`."""
         self._folder = data_dir.expanduser().resolve()
+        self._max_memory = max_memory
         self._server = server
         self._socket = socket_path(data_dir)
         self._lock: int | None = None
@@ -160,6 +164,7 @@ class EmbeddedRedis:
             "appendfsync": "always",
             "aof-load-truncated": "yes",
             "save": "",
+            "maxmemory": str(default_bound() if self._max_memory is None else self._max_memory),
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
             "logfile": "redis.log",
@@ -231,24 +236,25 @@ class EmbeddedRedis:
         return 0.0 if surplus < 0 else BACKOFF_S[min(surplus, len(BACKOFF_S) - 1)]
 
 
-def run_foreground(data_dir: Path, *, server: str | None = None, ready_file: Path | None = None) -> int:
+def run_foreground(
+    data_dir: Path, *, server: str | None = None, ready_file: Path | None = None, max_memory: int | None = None
+) -> int:
     """`orchestratord redis`: the server until SIGTERM or SIGINT. Writes `{"url", "pid"}` (the server's pid) to
     `ready_file` whenever it has come up. Returns the exit status; raises EmbeddedRedisError."""
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     try:
-        return asyncio.run(_foreground(data_dir, server, ready_file))
+        return asyncio.run(_foreground(EmbeddedRedis(data_dir, server=server, max_memory=max_memory), ready_file))
     finally:
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
 
 
-async def _foreground(data_dir: Path, server: str | None, ready_file: Path | None) -> int:
+async def _foreground(redis: EmbeddedRedis, ready_file: Path | None) -> int:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    redis = EmbeddedRedis(data_dir, server=server)
     redis.on_restart = lambda: _announce(redis, ready_file)
     # A signal during a long start (a large append-only file) must end it too.
     starting = asyncio.create_task(redis.__aenter__(), name="start of redis")

@@ -121,6 +121,12 @@ class Settings(BaseModel):
         None, description="single-node Redis for background jobs, needed where redis-url is a cluster"
     )
     data_dir: Path = Field(default_factory=_default_data_dir, description="folder of the embedded Redis")
+    redis_memory_mb: int | None = Field(
+        None,
+        ge=16,
+        le=2**30,
+        description="memory of the embedded Redis in MiB; a quarter of what there is when not given",
+    )
     ready_file: Path | None = Field(None, description="JSON {url, pid}, renamed into place once requests are taken")
 
     # keys: no flags for these, a command line is public
@@ -168,6 +174,11 @@ class Settings(BaseModel):
     retention_count: int = Field(100_000, ge=0, le=10**8, description="how many finished tasks are kept at most")
     allow_private_callbacks: bool = Field(False, description="allow callback_url on private and loopback addresses")
     webhook_attempts: int = Field(8, ge=1, le=50, description="deliveries tried before a webhook is given up")
+
+    @property
+    def redis_memory_bytes(self) -> int | None:
+        """`redis_memory_mb` in bytes."""
+        return None if self.redis_memory_mb is None else self.redis_memory_mb * 2**20
 
     @property
     def is_loopback(self) -> bool:
@@ -239,8 +250,8 @@ def _check_keys(settings: Settings) -> None:
         )
     if missing == ["LLORCH_WORKER_KEY"]:
         raise SettingsError(
-            "LLORCH_WORKER_KEY: must be set where LLORCH_API_KEYS is, since a worker is sent every client's prompts and "
-            "without a key anybody could register one. Give orchestratord and its workers the same new key "
+            "LLORCH_WORKER_KEY: must be set where LLORCH_API_KEYS is, since a worker is sent every client's prompts "
+            "and without a key anybody could register one. Give orchestratord and its workers the same new key "
             "(`openssl rand -hex 24`)"
         )
 

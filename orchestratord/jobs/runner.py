@@ -50,6 +50,8 @@ SWEEP_BUDGET_S = 9.0
 """Below the jobs' timeout, whose length a killed replica's webhook waits for. What is left over is the next sweep's."""
 SWEEP_PLACE = "arq:llorch:sweep-place"
 SWEEP_PLACE_S = 86_400
+FULL_SHARE = 0.98
+"""Of `maxmemory`. From there on a write may be refused."""
 PAUSE_S = 1.0
 CLOSE_S = 3.0
 REDIS_TIMEOUT_S = 5.0
@@ -98,7 +100,15 @@ class Jobs:
                 self._log.error("background jobs failed", **describe_exception(failures.exceptions[0]))
             finally:
                 await _take_down(worker, redis)
+            await self._make_room()
             await asyncio.sleep(PAUSE_S)
+
+    async def _make_room(self) -> None:
+        """Drop finished tasks where Redis is so full that arq can't write, and so can't start the job that would."""
+        with contextlib.suppress(*_FAILURES):
+            async with asyncio.timeout(JOB_TIMEOUT_S):
+                if await self._store.memory_share() >= FULL_SHARE:
+                    await self._retention.run()
 
     def _connect(self) -> ArqRedis:
         client = make_client(self._target, REDIS_TIMEOUT_S)

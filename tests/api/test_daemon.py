@@ -91,6 +91,34 @@ async def test_requests_that_wait_for_redis_are_answered_before_a_graceful_stop(
     assert "error" not in {json.loads(line)["level"] for line in daemon.log().splitlines()}, daemon.log()
 
 
+async def test_a_full_embedded_redis_refuses_with_503_and_takes_tasks_again(start: Callable[..., Any]) -> None:
+    daemon = await start("--redis-memory-mb", "16")
+    registration = {
+        "worker_id": "w", "instance_id": "i", "url": "http://127.0.0.1:9", "model": "m", "model_digest": "d",
+        "dtype": "float32", "device": "cpu", "context_length": 10, "slots_total": 1,
+    }  # fmt: skip
+    body = {"model": "m", "prompt": "x" * 1_000_000, "placement": {"mode": "pin", "pin_worker": "nobody"}}
+    ids: list[str] = []
+    async with aiohttp.ClientSession() as http:
+        async with http.post(f"{daemon.url}/v2/workers/register", json=registration) as reply:
+            assert reply.status == 200
+        while True:
+            async with http.post(f"{daemon.url}/v2/tasks", json=body) as reply:
+                answer = await reply.json()
+                if reply.status != 202:
+                    break
+                ids.append(answer["task_id"])
+        assert (reply.status, answer["error"]["code"]) == (503, "STORE_UNAVAILABLE")
+        assert int(reply.headers["Retry-After"]) >= 1 and 5 < len(ids) < 16
+        for task_id in ids[2:]:
+            async with http.delete(f"{daemon.url}/v2/tasks/{task_id}") as reply:
+                assert reply.status == 200
+        async with asyncio.timeout(DEADLINE_S):
+            while await _status(http, f"{daemon.url}/v2/tasks", body) != 202:
+                await asyncio.sleep(0.1)
+    assert await daemon.stop() == 0, daemon.log()
+
+
 def _counts(sent: asyncio.Semaphore) -> Any:
     async def count(*_: Any) -> None:
         sent.release()

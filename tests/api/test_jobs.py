@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
 
 from orchestratord.jobs import runner
 from orchestratord.jobs.retention import Retention
@@ -216,6 +217,28 @@ async def test_finished_tasks_go_early_while_memory_is_short(town: Town) -> None
     assert await store.task(ids[5], None) is not None
     await client.config_set("maxmemory", 0)
     await client.aclose()
+    await town.audit()
+
+
+async def test_a_redis_that_takes_no_write_at_all_is_relieved_too(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where jobs can't be queued, the one that makes room would never run. Accepted tasks' tokens may fill Redis."""
+    monkeypatch.setattr(runner, "RETENTION_AT", range(60))
+    later = time.time() + 120
+    async with working(town, now_s=lambda: later) as (orchestrator, store, _):
+        await (await town.worker()).die()
+        ids = [await town.submit() for _ in range(4)]
+        for task_id in ids[:3]:
+            await orchestrator.cancel(task_id, None)
+        client = Redis.from_url(town.redis.url)
+        await client.config_set("maxmemory", (await client.info("memory"))["used_memory"] // 2)
+        with pytest.raises(OutOfMemoryError):
+            await client.set("x", "1")
+        async with asyncio.timeout(DEADLINE_S):
+            while await store.finished_count():
+                await asyncio.sleep(0.05)
+        assert await store.task(ids[3], None) is not None, "what has not ended is never dropped"
+        await client.config_set("maxmemory", 0)
+        await client.aclose()
     await town.audit()
 
 

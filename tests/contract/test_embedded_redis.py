@@ -26,7 +26,13 @@ from orchestratord.embedded_redis import (
     server_url,
     socket_path,
 )
+from orchestratord.jobs.retention import Retention
+from orchestratord.observations import Observations
+from orchestratord.redis_memory import LEAST_BYTES, default_bound
 from orchestratord.redis_server import NoRedisServerError, find_server
+from orchestratord.store.store import Store
+from orchestratord.store.types import Admitted, Refused
+from tests.contract.values import LIMITS, batch, end, new_task, running, worker
 from tests.support.redis_server import folder, wait_until
 
 
@@ -64,6 +70,7 @@ async def test_it_is_private_and_durable(data_dir: Path) -> None:
                 "appendfsync": "always",
                 "maxmemory-policy": "noeviction",
                 "aof-load-truncated": "yes",
+                "maxmemory": str(default_bound()),
             }.items():
                 assert connection.config_get(name)[name] == value
         home = socket_path(data_dir).parent
@@ -71,6 +78,65 @@ async def test_it_is_private_and_durable(data_dir: Path) -> None:
         pid = embedded.pid
         assert pid is not None
     assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_its_memory_is_a_share_of_what_this_process_may_have(tmp_path: Path, version: int) -> None:
+    """The least limit counts, of this group and of every group around it; a group that can't be seen has none."""
+    machine = default_bound(tmp_path, tmp_path)
+    assert machine == max(LEAST_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    line, root, name, none = {
+        1: ("4:cpu,memory:/outer/inner/unseen\n0::/\n", "memory", "memory.limit_in_bytes", "9223372036854771712"),
+        2: ("0::/outer/inner/unseen\n", "", "memory.max", "max"),
+    }[version]
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(line)
+    inner = tmp_path / root / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for limits, bound in (((none, none), machine), ((none, 2**29), 2**27), ((2**28 + 2**27, 2**29), 2**26 + 2**25)):
+        (inner.parent / name).write_text(f"{limits[0]}\n")
+        (inner / name).write_text(f"{limits[1]}\n")
+        assert default_bound(tmp_path, tmp_path) == bound
+    (inner / name).write_text("1048576\n")
+    assert default_bound(tmp_path, tmp_path) == LEAST_BYTES
+
+
+async def test_at_its_bound_new_tasks_are_refused_and_finished_ones_make_room(data_dir: Path) -> None:
+    prompt = b"x" * 100_000
+    async with EmbeddedRedis(data_dir, max_memory=16 * 2**20) as embedded:
+        store = await Store.connect(embedded.url)
+        try:
+            await worker(store, slots_total=200)
+            for number in range(40):  # ended ones hold their tokens, no prompt
+                await running(store, f"ended{number}")
+                for first in range(0, 900, 300):
+                    tokens = [batch(f"ended{number}", 1, first, 300)]
+                    assert await store.append(tokens) == ["appended"]
+                assert await store.complete(f"ended{number}", 1, end(900))
+            outcomes: list[str] = []
+            async with asyncio.timeout(60):
+                while "memory" not in outcomes:
+                    outcome = await store.admit(new_task(f"waits{len(outcomes)}", payload=prompt), LIMITS)
+                    outcomes.append(outcome.reason if isinstance(outcome, Refused) else "")
+                    if await store.memory_share() > 0.85:
+                        await asyncio.sleep(0.25)  # admissions look at it once a second
+            assert len(outcomes) > 20 and 0.9 <= await store.memory_share() < 1
+            assert await store.is_memory_short()
+            late = Retention(store, Observations(), keep_s=10**9, keep_count=1000, now_s=lambda: time.time() + 3600)
+            assert await late.run() > 0
+            for number in range(len(outcomes) - 1):
+                await store.cancel(f"waits{number}", None)
+            assert not await store.is_memory_short()
+
+            async def admitted() -> bool:
+                return isinstance(await store.admit(new_task("more", payload=prompt), LIMITS), Admitted)
+
+            async with asyncio.timeout(20):
+                while not await admitted():
+                    await asyncio.sleep(0.05)
+            assert await store.audit() == []
+        finally:
+            await store.aclose()
 
 
 async def test_data_outlives_the_server_and_the_service(data_dir: Path) -> None:
