@@ -2,6 +2,7 @@
 
 stop:  POST /drain, /shutdown ─ it ends, or the grace is over ─▶ SIGTERM ─ 5 s ─▶ SIGKILL to the group and to
        every process that carries the worker's marker
+       (without a grace: POST /shutdown and SIGTERM at once)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llorch_wire.pool import CleanupReport, Progress, StopOutcome
 
 TERM_WAIT_S = 5.0
 YIELD_S = 5.0
+LEAVE_TIMEOUT_S = 1.0
 
 
 def stop_workers(
@@ -82,6 +84,8 @@ def end_process(
     """Drain, terminate, kill. Returns how it ended; afterwards the process is gone."""
     if grace_s > 0 and _drain(context, registry, record, process, grace_s):
         return "drained"
+    if grace_s <= 0:
+        _say_that_it_is_for_good(registry, record)
     # The first asks it to finish, the second not to wait for that: it has had its grace. (Sent at once, both would be
     # delivered as one.)
     for patience_s in (0.2, term_wait_s - 0.2):
@@ -91,6 +95,18 @@ def end_process(
     send(process, signal.SIGKILL, group=True)
     _gone_within(context, process, TERM_WAIT_S)
     return "killed"
+
+
+def _say_that_it_is_for_good(registry: Registry, record: WorkerRecord) -> None:
+    """Have it take itself off orchestratord's list; SIGTERM alone may be a restart, and would leave it there as lost.
+
+    Best effort: one that can't answer is signalled all the same.
+    """
+    if not record.url:
+        return
+    key = registry.secrets(record.worker_id).get("LLORCH_WORKER_KEY")
+    with contextlib.suppress(NoReplyError):
+        call("POST", f"{record.url}/shutdown", key=key, body={}, timeout_s=LEAVE_TIMEOUT_S)
 
 
 def _drain(context: Context, registry: Registry, record: WorkerRecord, process: Identity, grace_s: float) -> bool:

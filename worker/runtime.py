@@ -60,6 +60,7 @@ class Worker:
         self._drain_deadline: float | None = None
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._registering: asyncio.Task[None] | None = None
         self._throughput = Throughput()
         self._supervisor = Supervisor(
             settings.engine_module,
@@ -112,7 +113,8 @@ class Worker:
             if self._renderer is not None:
                 tasks.append(group.create_task(self._renderer.warm_up()))
             if self._registration is not None:
-                tasks.append(group.create_task(self._registration.run()))
+                self._registering = group.create_task(self._registration.run())
+                tasks.append(self._registering)
             try:
                 await self._stopping.wait()
                 await self._finish_work()
@@ -292,7 +294,12 @@ class Worker:
                 while self.generations.num_readers and not self._hurry.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
         if self._registration is not None:
-            await self._registration.say_goodbye()
+            # In a hurry too: it is bounded, and without it the orchestrator would wait for the lease to run out. No
+            # heartbeat may come after it: that would be answered with "unknown", and the worker register once more.
+            if self._registering is not None:
+                self._registering.cancel()
+            with suppress(TimeoutError):
+                await self._registration.say_goodbye()
 
     def _app(self) -> ASGIApp:
         key = self._settings.key

@@ -61,6 +61,15 @@ def test_a_worker_serves_outlives_the_session_and_is_drained(
     assert listed(op) == {} and not [line for _, line in machine.processes() if "worker" in line]
 
 
+def test_one_that_is_stopped_without_a_grace_is_not_taken_for_lost(
+    op: Operator, machine: Machine, house: Orchestrator
+) -> None:
+    worker_id = spawn(op, house)["worker_id"]
+    stopped = json.loads(op.llorch("worker", "stop", worker_id, "-p", "one", "--grace", "0", "--json").stdout)[0]
+    assert stopped["how"] == "terminated"
+    assert house.state(worker_id) == "" and listed(op) == {}
+
+
 def test_the_key_is_on_no_command_line_and_in_no_open_file(op: Operator, machine: Machine, house: Orchestrator) -> None:
     worker = spawn(op, house)
     assert not [line for _, line in machine.processes() if WORKER_KEY in line]
