@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -20,8 +21,10 @@ from llorch.config import config_home
 from llorch.errors import CliError, UsageProblem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_HOST = re.compile(r"[A-Za-z0-9_\[:][A-Za-z0-9_.:%\[\]-]{0,252}")
+_HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@\\-]{0,63}")
+# In no field: a NUL ends a program's argument, and a lone surrogate is how bytes that aren't UTF-8 look.
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 LOCK_DEADLINE_S = 10.0
 
 
@@ -43,9 +46,19 @@ class Pool(NamedTuple):
 
     @property
     def address(self) -> str:
-        """As people write it: user@host:port."""
+        """As people write it, and as `parse_address` reads it: user@host:port."""
         user = f"{self.user}@" if self.user else ""
-        return f"{user}{self.host}" + (f":{self.port}" if self.port else "")
+        host = f"[{self.host}]" if self.port and ":" in self.host else self.host
+        return f"{user}{host}" + (f":{self.port}" if self.port else "")
+
+    @property
+    def ssh_command(self) -> str:
+        """The plain ssh command that goes where llorch goes, to be typed into a shell."""
+        from shlex import join
+
+        port = ["-p", str(self.port)] if self.port else []
+        key = ["-i", self.identity_file] if self.identity_file else []
+        return join(["ssh", *port, *key, f"{self.user}@{self.host}" if self.user else self.host])
 
     @property
     def key_alias(self) -> str:
@@ -55,7 +68,10 @@ class Pool(NamedTuple):
 
 def _decoded(content: bytes) -> dict[str, Pool]:
     """The pools of a file; what this version doesn't know is left out. Raises ValueError that names what is wrong."""
-    document: Any = json.loads(content)
+    try:
+        document: Any = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     found: Any = document.get("pools", {}) if isinstance(document, dict) else None
     if not isinstance(found, dict):
         raise ValueError("it must be an object with an object `pools`")
@@ -63,6 +79,8 @@ def _decoded(content: bytes) -> dict[str, Pool]:
 
 
 def _pool(name: str, fields: Any) -> Pool:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name[:80]!r} can't be the name of a pool")
     if not isinstance(fields, dict):
         raise ValueError(f"pools.{name} must be an object")
     known = {key: value for key, value in fields.items() if key in Pool._fields}
@@ -72,7 +90,34 @@ def _pool(name: str, fields: Any) -> Pool:
             raise ValueError(f"pools.{name}.{key} is missing")
         if type(known.get(key, default)) is not type(default):
             raise ValueError(f"pools.{name}.{key} must be a {'string' if isinstance(default, str) else 'number'}")
-    return Pool(**known)
+    pool = Pool(**known)
+    if wrong := _wrong_field(name, pool):
+        raise ValueError(f"pools.{name}.{wrong} can't be {known[wrong]!r:.80}")
+    return pool
+
+
+def _wrong_field(name: str, pool: Pool) -> str:
+    """The first field that no `pool add` would have written, "" if there is none."""
+    good = {
+        "name": pool.name == name,
+        "host": _is_host(pool.host),
+        "user": not pool.user or bool(_USER.fullmatch(pool.user)),
+        "port": 0 <= pool.port < 65536,
+    }
+    fit = {key: not (isinstance(value, str) and _UNFIT.search(value)) for key, value in pool._asdict().items()}
+    return next((key for key in Pool._fields if not (good.get(key, True) and fit[key])), "")
+
+
+def _read_regular(path: Path) -> bytes:
+    """A file's content. Raises OSError also for what is no file: a fifo would be waited for without end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError("it is not a regular file")
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            return stream.read()
+    finally:
+        os.close(handle)
 
 
 class Pools:
@@ -95,11 +140,11 @@ class Pools:
     def all(self) -> dict[str, Pool]:
         """Every pool by name. Raises CliError for a file that can't be read."""
         try:
-            return _decoded(self.file.read_bytes())
+            return _decoded(_read_regular(self.file))
         except FileNotFoundError:
             return {}
         except (ValueError, OSError) as error:
-            raise CliError(f"{self.file} can't be read: {error}", next_step=f"correct or remove {self.file}") from error
+            raise _unreadable(self.file, error) from error
 
     def get(self, name: str) -> Pool:
         """One pool. Raises UsageProblem that names those that there are."""
@@ -137,26 +182,37 @@ class Pools:
         self._change(changed)
 
     def remove(self, name: str) -> Pool:
-        """Forget a pool and its host key."""
-        pool = self.get(name)
-        self._change(lambda pools: {key: value for key, value in pools.items() if key != name})
-        self.pin(pool.key_alias, [])
+        """Forget a pool and its host key: the key first, so that what fails in between can be run again."""
+        with self._locked():
+            pools = self.all()
+            pool = pools.pop(name, None) or self.get(name)
+            self._write_pins(pool.key_alias, [])
+            self._write_pools(pools)
         return pool
 
     def pin(self, alias: str, keys: list[str]) -> None:
         """Make `keys` (`type base64`) the only ones known for `alias`; none forgets it."""
         with self._locked():
-            try:
-                lines = self.known_hosts.read_text().splitlines()
-            except FileNotFoundError:
-                lines = []
-            kept = [line for line in lines if line.split(" ", 1)[0] != alias]
-            self._write(self.known_hosts, "".join(f"{line}\n" for line in [*kept, *(f"{alias} {key}" for key in keys)]))
+            self._write_pins(alias, keys)
+
+    def _write_pins(self, alias: str, keys: list[str]) -> None:
+        try:
+            # Whatever bytes others have left there stay as they are.
+            lines = _read_regular(self.known_hosts).decode("utf-8", "surrogateescape").split("\n")
+        except FileNotFoundError:
+            lines = []
+        except OSError as error:
+            raise _unreadable(self.known_hosts, error) from error
+        kept = [line for line in lines if line and line.split(" ", 1)[0] != alias]
+        self._write(self.known_hosts, "".join(f"{line}\n" for line in [*kept, *(f"{alias} {key}" for key in keys)]))
 
     def _change(self, change: Callable[[dict[str, Pool]], dict[str, Pool]]) -> None:
         with self._locked():
-            pools = {name: pool._asdict() for name, pool in change(self.all()).items()}
-            self._write(self.file, json.dumps({"version": 1, "pools": pools}, indent=2, ensure_ascii=False) + "\n")
+            self._write_pools(change(self.all()))
+
+    def _write_pools(self, pools: Mapping[str, Pool]) -> None:
+        content = {"version": 1, "pools": {name: pool._asdict() for name, pool in pools.items()}}
+        self._write(self.file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @contextlib.contextmanager
     def _locked(self) -> Generator[None]:
@@ -182,9 +238,10 @@ class Pools:
     def _write(self, path: Path, text: str) -> None:
         from tempfile import mkstemp
 
-        handle, name = mkstemp(prefix=f".{path.name}.", dir=self._folder)
+        path = Path(os.path.realpath(path))  # a link stays one: settings are often kept in another folder
+        handle, name = mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w") as stream:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -210,19 +267,25 @@ def parse_address(text: str) -> tuple[str, str, int]:
     A name from ~/.ssh/config is a host; an IPv6 address with a port needs brackets.
     """
     user, at, rest = text.rpartition("@")
-    host, port = rest, ""
-    dangling = rest.endswith(":") and not rest.endswith("::")
+    host, port = rest, "-"
     if rest.startswith("["):
-        inner, closed, behind = rest[1:].partition("]")
-        host, port = (inner, behind.removeprefix(":")) if closed else (rest, "")
+        host, _, behind = rest[1:].partition("]")
+        colon, port = behind[:1], behind[1:] if behind else "-"
+        host = host if colon in ("", ":") and rest.count("]") == 1 else ""
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    good = (
-        not dangling
-        and bool(_HOST.fullmatch(host))
-        and (not port or (port.isascii() and port.isdigit() and 0 < int(port) < 65536))
-    )
-    good = good and (not at or bool(_USER.fullmatch(user)))
-    if not good:
+    number = int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0
+    good = _is_host(host) and (port == "-" or 0 < number < 65536)
+    if not good or (at and not _USER.fullmatch(user)):
         raise UsageProblem(f"{text!r} is not [user@]host[:port]", next_step="llorch pool add NAME user@host")
-    return user, host, int(port or 0)
+    return user, host, number
+
+
+def _is_host(text: str) -> bool:
+    """A name, an IPv4 address, or an IPv6 address, which has two colons or more."""
+    dangling = text.endswith(":") and not text.endswith("::")
+    return bool(_HOST.fullmatch(text)) and text.count(":") != 1 and not dangling
+
+
+def _unreadable(path: Path, error: Exception) -> CliError:
+    return CliError(f"{path} can't be read: {error}", next_step=f"correct or remove {path}")

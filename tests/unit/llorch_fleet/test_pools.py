@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from llorch.errors import CliError, UsageProblem
 from llorch.fleet.pools import Pool, Pools, check_pool_name, parse_address
@@ -22,19 +24,44 @@ from llorch.fleet.pools import Pool, Pools, check_pool_name, parse_address
         ("fd00::1", ("", "fd00::1", 0)),
         ("domain\\me@host", ("domain\\me", "host", 0)),
         ("me@corp@host", ("me@corp", "host", 0)),
+        ("[fd00::1]", ("", "fd00::1", 0)),
+        ("fe80::1%eth0", ("", "fe80::1%eth0", 0)),
     ],
 )
 def test_addresses(text: str, found: tuple[str, str, int]) -> None:
     assert parse_address(text) == found
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "-oProxyCommand=id", "a b", "host:", "host:0", "host:x", "me@", "@host", "$(id)", "h;id", "h\n", "-l@h"],
-)
+NO_ADDRESSES = [
+    "", "-oProxyCommand=id", "a b", "host:", "host:0", "host:x", "me@", "@host", "$(id)", "h;id", "h\n", "-l@h",
+    "[fd00::1", "[fd00::1]22", "[fd00::1]:", "[a]b", "[a:1]", "[]:1", "[[a]]:1", "h:" + "9" * 5000, "fd00:1:",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_ADDRESSES)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UsageProblem):
         parse_address(text)
+
+
+HOSTS = st.from_regex(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,20}", fullmatch=True)
+USERS = st.just("") | st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.@\\-]{0,9}", fullmatch=True)
+
+
+@given(user=USERS, host=HOSTS, port=st.integers(0, 65535))
+def test_an_address_is_read_back_as_it_was_shown(user: str, host: str, port: int) -> None:
+    try:
+        parse_address(f"[{host}]:1")
+    except UsageProblem:
+        assume(False)
+    assert parse_address(Pool(name="a", host=host, user=user, port=port).address) == (user, host, port)
+
+
+def test_the_plain_ssh_command_can_be_typed() -> None:
+    assert Pool(name="a", host="gpu1").ssh_command == "ssh gpu1"
+    pool = Pool(name="a", host="fd00::1", user="corp\\me", port=22, identity_file="/my keys/k")
+    assert pool.ssh_command == "ssh -p 22 -i '/my keys/k' 'corp\\me@fd00::1'"
+    assert pool.address == "corp\\me@[fd00::1]:22"
 
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "..", "x" * 65, "a\n"])
@@ -105,12 +132,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str, reason: str) -> N
 
 def test_a_file_that_a_newer_version_wrote_is_read(tmp_path: Path) -> None:
     pools = Pools(tmp_path)
-    pools.put(Pool(name="ä", host="h", port=22, added_at_ms=7))
-    content = pools.file.read_text()
-    pools.file.write_text(content.replace('"name"', '"colour": ["red"],\n"name"'))
-    assert pools.all() == {"ä": Pool(name="ä", host="h", port=22, added_at_ms=7)}
-    pools.update("ä", version="2")
-    assert '"colour"' not in pools.file.read_text() and pools.get("ä").version == "2"
+    pools.put(Pool(name="a", host="h", port=22, identity_file="/ä", added_at_ms=7))
+    content = pools.file.read_text(encoding="utf-8")
+    pools.file.write_text(content.replace('"name"', '"colour": ["red"],\n"name"'), encoding="utf-8")
+    assert pools.all() == {"a": Pool(name="a", host="h", port=22, identity_file="/ä", added_at_ms=7)}
+    pools.update("a", version="2")
+    assert '"colour"' not in pools.file.read_text(encoding="utf-8") and pools.get("a").version == "2"
 
 
 def test_reading_it_takes_no_import_that_the_other_side_could_wait_for() -> None:
