@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.harness import CONFIGS, write_tiny_model
+from tests.engine.harness import CONFIGS, VARIANTS, write_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,13 +26,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny model by name (see CONFIGS)."""
+    """Folder of a tiny model by name (see CONFIGS and VARIANTS)."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            write_tiny_model(CONFIGS[name](), made[name])
+            write_tiny_model({**CONFIGS, **VARIANTS}[name](), made[name])
         return made[name]
 
     return folder

@@ -85,6 +85,47 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 """One per allowed architecture, with its features: grouped heads, ties, RoPE scaling, windows, q/k norms, experts."""
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def _qwen3_moe(**changes: Any) -> Any:
+    sizes = {"head_dim": 32, "num_experts": 8, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+    return Qwen3MoeConfig(**{**_BASE, **sizes, **changes})
+
+
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "llama_biases": lambda: LlamaConfig(**_BASE, attention_bias=True, mlp_bias=True),
+    "llama_yarn": lambda: LlamaConfig(**_BASE, rope_parameters=_YARN),
+    "llama_linear": lambda: LlamaConfig(**_BASE, rope_parameters=_LINEAR),
+    "llama_one_kv_head": lambda: LlamaConfig(**{**_BASE, "num_key_value_heads": 1}),
+    "qwen2_yarn": lambda: Qwen2Config(**_BASE, rope_parameters=_YARN),
+    "qwen3_window_biases_ties": lambda: Qwen3Config(
+        **_BASE,
+        head_dim=32,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=20,
+        max_window_layers=1,
+    ),
+    "qwen3_moe_raw_weights": lambda: _qwen3_moe(norm_topk_prob=False),
+    "qwen3_moe_every_other_layer": lambda: _qwen3_moe(norm_topk_prob=True, decoder_sparse_step=2),
+    "qwen3_moe_one_expert": lambda: _qwen3_moe(norm_topk_prob=True, num_experts_per_tok=1),
+    "gemma3_linear": lambda: Gemma3TextConfig(
+        **{**_BASE, "num_hidden_layers": 4},
+        head_dim=24,
+        sliding_window=16,
+        query_pre_attn_scalar=40,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": {**_LINEAR, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+}
+"""The same architectures with features that the ones above leave at their defaults."""
+
 
 def write_tiny_model(config: Any, folder: Path) -> None:
     """Random weights from a fixed seed, saved as a Hugging Face folder."""
@@ -94,7 +135,7 @@ def write_tiny_model(config: Any, folder: Path) -> None:
         # Small embeddings, or a model with tied ones would say its last token again and again.
         model.get_input_embeddings().weight.mul_(0.02)
         for name, weight in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith(".bias"):
                 weight.add_(torch.randn_like(weight), alpha=0.3)
     model.save_pretrained(folder)
 
