@@ -3,7 +3,8 @@
 What uvicorn's httptools protocol leaves open, and what closes it here:
 
     request head of any size               MAX_HEAD_BYTES → 431
-    request head that never ends           HEAD_TIMEOUT_S from the first byte (or from the connect) → closed
+    request head that never ends           HEAD_TIMEOUT_S from the first byte (or from the connect) → closed;
+                                           while an answer is on its way, from the end of that answer
     body that goes on after the answer     LINGER_S → closed
     peer that vanished without a FIN       TCP keep-alive and TCP_USER_TIMEOUT, together below 20 s → closed
     malformed HTTP                         answered in our error shape
@@ -54,6 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _parsed_bytes = 0
     _in_head = True
+    _head_begun = False
     _head_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
 
@@ -77,15 +79,16 @@ class BoundedProtocol(HttpToolsProtocol):
         """Count the bytes of a head before they are parsed."""
         if self._in_head:
             self._head_bytes += len(data)
-            if self._head_timer is None:  # the next request on a kept connection
-                self._arm_head_timer()
         super().data_received(data)
+        if self._in_head and not self._is_answering():  # any byte, for uvicorn stops its own clock at any byte
+            self._arm_head_timer()
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431, ErrorCode.INVALID_PARAMS, _HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         """A request begins; hand the app a way to cut this connection at once."""
         super().on_message_begin()
+        self._head_begun = True
         self._parsed_bytes = 0
         self.scope["extensions"] = {"llorch.connection": {"abort": self.transport.abort}}
 
@@ -103,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """The head is complete: from here the body's own bounds count."""
         if self._parsed_bytes > MAX_HEAD_BYTES:
             raise HeadTooLargeError  # the parser stops, and uvicorn asks for a 400
-        self._in_head = False
+        self._in_head = self._head_begun = False
         self._stop_head_timer()
         super().on_headers_complete()
 
@@ -120,6 +123,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if unfinished and not self.transport.is_closing():
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+        if self._head_begun and not self._is_answering():
+            self._arm_head_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what isn't HTTP, or has too large a head, in our own shape."""
@@ -140,8 +145,14 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         self.transport.close()
 
+    def _is_answering(self) -> bool:
+        """Whether an answer is on its way: until it is complete, nothing that follows the request may cut it short,
+        least of all a line end after the body, which RFC 9112 (2.2) has a server ignore."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _arm_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+        if self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

@@ -213,6 +213,49 @@ async def test_an_idle_connection_without_a_request_is_closed(server: str, monke
         writer.close()
 
 
+@pytest.mark.parametrize("stray", [b"\r\n", b"\n", b"GET /health HTT"])
+async def test_what_follows_a_request_never_cuts_its_stream(
+    memory: MemoryOrchestrator, monkeypatch: pytest.MonkeyPatch, stray: bytes
+) -> None:
+    """RFC 9112, 2.2: a line end after a body is ignored. What begins the next request waits for this one's answer."""
+    monkeypatch.setattr("orchestratord.api.server.HEAD_TIMEOUT_S", 0.2)
+    memory.hold = True
+    async with serving(memory, Settings(keep_alive_ms=100)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
+        body = json.dumps(GOOD).encode()
+        head = "POST /v2/tasks HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\nContent-Length: "
+        writer.write(f"{head}{len(body)}\r\n\r\n".encode() + body + stray)
+        async with asyncio.timeout(20):
+            for _ in range(10):  # a second, of comments
+                await reader.readuntil(b"\n:")
+            for task in memory.tasks_by_id.values():
+                task.released.set()
+            answer = await reader.readuntil(b"\r\n0\r\n\r\n")
+            assert b"event: end" in answer
+            if stray.startswith(b"GET"):  # the clock for its head runs from here
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+            else:
+                writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+@pytest.mark.parametrize("start", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: localh"])
+async def test_a_kept_connection_has_a_deadline_for_its_next_head(
+    server: str, monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
+    async with asyncio.timeout(10):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readuntil(b"}")
+        monkeypatch.setattr("orchestratord.api.server.HEAD_TIMEOUT_S", 0.2)
+        writer.write(start)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    writer.close()
+
+
 async def test_a_body_that_never_ends_has_a_deadline(memory: MemoryOrchestrator) -> None:
     async with serving(memory, Settings(body_timeout_ms=100)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
