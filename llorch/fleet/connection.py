@@ -19,12 +19,24 @@ from llorch.errors import UsageProblem
 from llorch.fleet.pools import Pool, Pools
 
 CONNECT_TIMEOUT_S = 10
+RUNS_A_COMMAND = (
+    # Whatever ~/.ssh/config says, stdin is ours, ssh stays in the foreground and a command runs. OpenSSH before 8.7
+    # doesn't know these three. All unknown ones are to be ignored, not only they: what stands here takes the place of
+    # an IgnoreUnknown in ~/.ssh/config, which would make what that one lets pass an error.
+    "IgnoreUnknown=*",
+    "StdinNull=no",
+    "ForkAfterAuthentication=no",
+    "SessionType=default",
+    "RemoteCommand=none",
+    "RequestTTY=no",
+)
 
 
 def control_folder() -> Path:
     """A short, private folder for control sockets: a unix socket's path may have 107 bytes, %C takes 40 of them."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime.startswith("/") and len(runtime) < 30:
+    # Some logins (su, cron, containers) name a folder that nobody has made.
+    if runtime.startswith("/") and len(runtime) < 30 and os.access(runtime, os.W_OK | os.X_OK):
         folder = Path(runtime) / "llorch"
     else:
         from tempfile import gettempdir
@@ -42,12 +54,11 @@ def control_folder() -> Path:
 def options(pool: Pool, pools: Pools, *, shared: bool = True) -> list[str]:
     """ssh's options for a pool; the user's ~/.ssh/config, agent and jump hosts count for everything else."""
     settings = [
+        *RUNS_A_COMMAND,
         "BatchMode=yes",
         f"ConnectTimeout={CONNECT_TIMEOUT_S}",
         "ServerAliveInterval=5",
         "ServerAliveCountMax=3",
-        "RequestTTY=no",
-        "RemoteCommand=none",
         "ForwardAgent=no",
         "ForwardX11=no",
         "ClearAllForwardings=yes",
@@ -121,6 +132,10 @@ def _plumbum() -> ModuleType:
     the real one when something of it is used.
     """
     name = "urllib.request"
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # it was removed; plumbum insists on one, and nothing here is relative to it
+        os.chdir("/")
     if "plumbum" in sys.modules or name in sys.modules:
         return import_module("plumbum")
 

@@ -19,6 +19,7 @@ from llorch.errors import CliError, UsageProblem
 from llorch.fleet import connection, failures, fanout, ssh
 from llorch.fleet.fanout import Outcome
 from llorch.fleet.live import Live
+from llorch.fleet.pipes import MAX_STDERR_BYTES
 from llorch.fleet.pools import Pool, Pools
 from llorch_wire import pool as wire
 
@@ -127,7 +128,7 @@ class _Copy:
                         self._events(buffer)
                     else:
                         self._stderr[key.data] += data
-                        del self._stderr[key.data][: -ssh.MAX_STDERR_BYTES]
+                        del self._stderr[key.data][:-MAX_STDERR_BYTES]
         return False
 
     def _events(self, buffer: bytearray) -> None:

@@ -6,6 +6,7 @@ ssh says 255 for all of its own failures; which one it was stands only in its wo
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from llorch.errors import AccessProblem, CliError, TimedOut, Unreachable
@@ -42,17 +43,16 @@ _TABLE = (
     ),
     Words(
         "auth",
-        r"Permission denied|Too many authentication failures|no mutual signature|Load key .*: bad permissions"
-        r"|Identity file .* not accessible",
+        r"Permission denied|Too many authentication failures|no mutual signature|Load key .*: bad permissions",
         "it accepts none of the keys that ssh offers",
-        "try `ssh {address}`; load a key into the agent, or give --identity to `llorch pool add --replace`",
+        "try `{ssh}`; load a key into the agent, or give --identity to `llorch pool add --replace`",
         AccessProblem,
     ),
     Words(
         "refused",
         r"Connection refused",
         "nothing listens there (connection refused)",
-        "check the port and that sshd runs: ssh {address}",
+        "check the port and that sshd runs: {ssh}",
         Unreachable,
     ),
     Words(
@@ -66,14 +66,14 @@ _TABLE = (
         "timeout",
         r"timed out|Timeout, server|Operation timed out",
         "it does not answer",
-        "check that it is up and the network: ssh {address}",
+        "check that it is up and the network: {ssh}",
         Unreachable,
     ),
     Words(
         "no-route",
         r"No route to host|Network is unreachable|Host is down|Permission denied to connect",
         "there is no way to it through the network",
-        "check the network or the VPN: ssh {address}",
+        "check the network or the VPN: {ssh}",
         Unreachable,
     ),
     Words(
@@ -96,19 +96,42 @@ def missing(pool: Pool) -> CliError:
     return _named(error, "missing")
 
 
-def transport(pool: Pool, status: int | None, stderr: str) -> CliError:
-    """Why a connection failed or ended before the answer was whole. `status` None: it was given up."""
+def transport(pool: Pool, status: int | None, stderr: str, *, answered: bool = False) -> CliError:
+    """Why a connection failed or ended before the answer was whole. `status` None: it was given up.
+
+    `answered`: llorch-pool has said hello, so that it is there.
+    """
+    address = shlex.quote(pool.address)
     for words in _TABLE:
         if status == 255 and re.search(words.pattern, stderr):
-            detail = _last_line(stderr) if words.kind in ("auth", "dropped", "timeout") else ""
+            detail = _detail(words.kind, stderr)
             text = f"{pool.name} ({pool.address}): {words.text}" + (f" [{detail}]" if detail else "")
-            step = words.next_step.format(name=pool.name, address=pool.address)
+            step = words.next_step.format(name=pool.name, address=address, ssh=pool.ssh_command)
             return _named(words.error(text, next_step=step), words.kind)
-    if status in (126, 127) or re.search(r"command not found|No such file or directory|not found", stderr):
+    if not answered and (status in (126, 127) or (status != 255 and _csh_lacks(pool.command, stderr))):
         return missing(pool)
     said = _last_line(stderr)
     text = f"{pool.name}: the connection ended before the answer" + (f": {said}" if said else f" (status {status})")
-    return _named(Unreachable(text, next_step=f"ssh {pool.address}    (shows what is wrong)"), "broken")
+    return _named(Unreachable(text, next_step=f"{pool.ssh_command}    (shows what is wrong)"), "broken")
+
+
+def _detail(kind: str, stderr: str) -> str:
+    """The line of ssh that says more than the words for `kind` do."""
+    if kind == "auth" and (found := re.search(r"Identity file .* not accessible.*", stderr)):
+        return found[0][:200]
+    return _last_line(stderr) if kind in ("auth", "dropped", "timeout") else ""
+
+
+def _csh_lacks(command: str, stderr: str) -> bool:
+    """csh ends with 1 where other shells end with 127."""
+    return re.search(rf"^{re.escape(command)}: Command not found\.", stderr, re.MULTILINE) is not None
+
+
+def silent(pool: Pool, seconds: float) -> CliError:
+    """Nothing of llorch-pool was heard before our own deadline."""
+    text = f"{pool.name} ({pool.address}): it does not answer [not a word within {seconds:g} s]"
+    step = f"check that it is up and the network: {pool.ssh_command}    (or give it more time with --timeout)"
+    return _named(Unreachable(text, next_step=step), "timeout")
 
 
 def too_slow(pool: Pool, seconds: float) -> CliError:

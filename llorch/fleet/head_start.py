@@ -10,12 +10,12 @@ isn't used (what was typed turns out to be wrong) hears nothing, does nothing an
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
 
-from llorch.errors import CliError
 from llorch.fleet import connection
 from llorch.fleet.pools import Pool, Pools
 
@@ -25,6 +25,8 @@ COMMANDS = {
     "pool": {"devices", "doctor"},
 }
 MAX_POOLS = 4
+LEAVE_S = 1.0
+"""How long those that nobody took have to end, all of them together."""
 
 
 class HeadStart:
@@ -47,8 +49,11 @@ class HeadStart:
 
     def close(self) -> None:
         """End what nobody took."""
+        for _, process in self._waiting:
+            connection.close_quietly(process.stdin)
+        end = time.monotonic() + LEAVE_S
         while self._waiting:
-            connection.finish(self._waiting.pop()[1])
+            connection.finish(self._waiting.pop()[1], max(0.0, end - time.monotonic()))
 
 
 _current: ContextVar[HeadStart | None] = ContextVar("head_start", default=None)
@@ -88,5 +93,5 @@ def _start(started: HeadStart, names: Sequence[str]) -> None:
         for name in dict.fromkeys(names):
             if name in known and connection.is_connected(known[name]):
                 started.start(known[name], pools)
-    except (CliError, OSError):
-        return  # the command itself will meet this, and say it
+    except Exception:
+        return  # whatever it is, the command itself will meet it, and say it

@@ -31,12 +31,12 @@ def offered(pool: Pool) -> HostKey:
         known = Path(folder) / "known_hosts"
         arguments = ["-T"]
         for setting in (
+            *connection.RUNS_A_COMMAND,
             "BatchMode=yes",
             f"ConnectTimeout={connection.CONNECT_TIMEOUT_S}",
             "ControlMaster=no",
             "ControlPath=none",
             "ClearAllForwardings=yes",
-            "RemoteCommand=none",
             # Safe only because the file is new and thrown away, and nothing is sent: the key is shown, then pinned.
             "StrictHostKeyChecking=accept-new",
             f"UserKnownHostsFile={connection.config_value(known)}",
@@ -57,7 +57,7 @@ def offered(pool: Pool) -> HostKey:
                 raise failures.transport(pool, 255, "timed out") from None
             raise
         try:
-            line = known.read_text().strip().splitlines()[0]
+            line = known.read_text(encoding="utf-8", errors="surrogateescape").strip().splitlines()[0]
         except (FileNotFoundError, IndexError):
             raise failures.transport(pool, process.returncode, stderr.decode("utf-8", "replace")) from None
         return HostKey(line.split(" ", 1)[1], line.split(" ")[1], _fingerprint(known))

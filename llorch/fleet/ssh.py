@@ -10,19 +10,18 @@ ssh runs in a session of its own, so that Ctrl-C reaches llorch alone, which the
 
 from __future__ import annotations
 
-import contextlib
-import os
-import selectors
 import shlex
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llorch.errors import CliError
 from llorch.fleet import connection, failures
+from llorch.fleet.pipes import Pipes
 from llorch.fleet.pools import Pool, Pools
 from llorch_wire import pool as wire
 
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
 LEAVE_S = 1.5
 """How long an aborted remote command has to clean up before its connection is cut."""
 GRACE_S = 5.0
-"""Beyond the remote's own deadline: it says itself that it was too slow, if it can."""
-MAX_STDERR_BYTES = 64 << 10
+"""Beyond the remote's own deadline, once it is there: it says itself that it was too slow, if it can."""
 MAX_LINE_BYTES = 16 << 20
 DROPPED_RETRIES = 3
 
@@ -90,10 +88,9 @@ class Session:
         request = wire.Request(command=command, version=wire.VERSION, timeout_s=timeout_s)
         process = self._started or connection.open_rpc(self._pool, self._pools)
         try:
-            with contextlib.suppress(BrokenPipeError):
-                _pipe(process.stdin).write(wire.encode_line(request))
-                _pipe(process.stdin).flush()
-            gave_up = self._read(process, time.monotonic() + timeout_s + GRACE_S, on_event)
+            with Pipes(process, wire.encode_line(request)) as pipes:
+                self._stderr = pipes.stderr
+                gave_up = self._read(pipes, time.monotonic() + timeout_s, on_event)
         finally:
             status = connection.finish(process)
         return self._answer(command, timeout_s, status, gave_up=gave_up)
@@ -105,33 +102,35 @@ class Session:
             return wire.decode_result(command, self._result)
         if self._end is not None:
             raise failures.remote(self._pool, self._end.rc, self._end.failure)
-        if gave_up:
+        answered = self.hello is not None
+        if gave_up and not answered:
+            raise failures.silent(self._pool, timeout_s)
+        # llorch-pool ends with that status when a command doesn't react to its deadline.
+        if gave_up or (answered and status == wire.RC_TIMEOUT):
             raise failures.too_slow(self._pool, timeout_s)
-        raise failures.transport(self._pool, status, self._stderr.decode("utf-8", "replace"))
+        raise failures.transport(self._pool, status, self._stderr.decode("utf-8", "replace"), answered=answered)
 
-    def _read(self, process: subprocess.Popen[bytes], end: float, on_event: OnEvent) -> bool:
+    def _read(self, pipes: Pipes, end: float, on_event: OnEvent) -> bool:
         """Read until the process has nothing more to say. True when the deadline passed or the caller left."""
         buffer = bytearray()
         ticked = time.monotonic()
         leaving: float | None = None
-        with selectors.DefaultSelector() as selector:
-            selector.register(_pipe(process.stdout), selectors.EVENT_READ)
-            selector.register(_pipe(process.stderr), selectors.EVENT_READ)
-            while selector.get_map() and self._end is None:
-                now = time.monotonic()
-                if leaving is None and (self._cancel.is_set() or now > end):
-                    leaving = now
-                    if self.hello is None:
-                        return True  # nothing runs there yet that could clean up
-                    connection.close_quietly(process.stdin)
-                if leaving is not None and now - leaving > LEAVE_S:
-                    return True
-                if leaving is None and now - ticked > wire.LIFELINE_INTERVAL_S:
-                    ticked = now
-                    _tick(process)
-                if data := _read_some(selector, process, self._stderr):
-                    buffer += data
-                    self._lines(buffer, on_event)
+        while pipes.open and self._end is None:
+            now = time.monotonic()
+            late = now > (end if self.hello is None else end + GRACE_S)
+            if leaving is None and (self._cancel.is_set() or late):
+                leaving = now
+                if self.hello is None:
+                    return True  # nothing runs there yet that could clean up
+                pipes.hang_up()
+            if leaving is not None and now - leaving > LEAVE_S:
+                return True
+            if leaving is None and now - ticked > wire.LIFELINE_INTERVAL_S:
+                ticked = now
+                pipes.tick()
+            if data := pipes.step():
+                buffer += data
+                self._lines(buffer, on_event)
         return leaving is not None
 
     def _lines(self, buffer: bytearray, on_event: OnEvent) -> None:
@@ -152,39 +151,11 @@ class Session:
                     pass  # a banner, or what a noisy .bashrc prints
 
 
-def _read_some(
-    selector: selectors.BaseSelector, process: subprocess.Popen[bytes], stderr: bytearray, seconds: float = 0.1
-) -> bytes:
-    """What comes on stdout within a moment; what comes on stderr is kept in `stderr`, the newest of it."""
-    found = b""
-    for key, _ in selector.select(seconds):
-        data = os.read(key.fd, 1 << 16)
-        if not data:
-            selector.unregister(key.fileobj)
-        elif key.fileobj is process.stdout:
-            found += data
-        else:
-            stderr += data
-            del stderr[:-MAX_STDERR_BYTES]
-    return found
-
-
 def _compare_versions(pool: Pool, hello: wire.Hello, on_event: OnEvent) -> None:
     """Said at every contact; a different protocol is refused by the other side, in words."""
     if hello.version != wire.VERSION and hello.protocol == wire.POOL_PROTOCOL:
         text = f"has llorch-pool {hello.version}, this is llorch {wire.VERSION}: `llorch pool bootstrap {pool.name}`"
         on_event(wire.Log(text=text, level="warning"))
-
-
-def _pipe(stream: Any) -> Any:
-    assert stream is not None
-    return stream
-
-
-def _tick(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        _pipe(process.stdin).write(b"\n")
-        _pipe(process.stdin).flush()
 
 
 def run_script(
@@ -203,48 +174,34 @@ def run_script(
     """
     arguments = [*connection.options(pool, pools), "--", pool.host, f"exec /bin/sh -c {shlex.quote(script)}"]
     process = connection.popen(arguments)
-    feeder = threading.Thread(target=_feed, args=(process, payload), daemon=True)
-    feeder.start()
-    stderr, buffer = bytearray(), bytearray()
+    buffer = bytearray()
     end = time.monotonic() + timeout_s
     ticked = time.monotonic()
     late = False
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(_pipe(process.stdout), selectors.EVENT_READ)
-            selector.register(_pipe(process.stderr), selectors.EVENT_READ)
-            while selector.get_map():
+        with payload.open("rb") if payload else nullcontext() as source, Pipes(process, source=source) as pipes:
+            while pipes.open:
                 now = time.monotonic()
                 if cancel.is_set() or now > end:
                     late = now > end
                     break
-                if now - ticked > wire.LIFELINE_INTERVAL_S and not feeder.is_alive():
+                if now - ticked > wire.LIFELINE_INTERVAL_S:
                     ticked = now
-                    _tick(process)
-                buffer += _read_some(selector, process, stderr)
+                    pipes.tick()
+                buffer += pipes.step()
                 *lines, buffer = buffer.split(b"\n")
                 for line in lines:
                     on_line(line.decode("utf-8", "replace"))
     finally:
         status = connection.finish(process, LEAVE_S)
-        feeder.join(1)
     if cancel.is_set():
         raise Interrupted
     if late:
         raise failures.too_slow(pool, timeout_s)
-    text = stderr.decode("utf-8", "replace")
+    text = pipes.stderr.decode("utf-8", "replace")
     if status == 255 or status is None:
         raise failures.transport(pool, status, text)
     return status, text
-
-
-def _feed(process: subprocess.Popen[bytes], payload: Path | None) -> None:
-    if payload is None:
-        return
-    with contextlib.suppress(OSError, ValueError), payload.open("rb") as source:
-        while chunk := source.read(1 << 16):
-            _pipe(process.stdin).write(chunk)
-        _pipe(process.stdin).flush()
 
 
 def close_master(pool: Pool, pools: Pools) -> None:

@@ -49,7 +49,7 @@ def test_transport_failures(stderr: str, kind: str, code: int) -> None:
         (127, "sh: 1: exec: llorch-pool: not found"),
         (127, ""),
         (126, "bash: /x/llorch-pool: cannot execute: required file not found"),
-        (1, "llorch-pool: Command not found."),
+        (1, "Warning: no access to tty\nllorch-pool: Command not found."),
         (127, "fish: Unknown command: llorch-pool"),
     ],
 )
@@ -68,3 +68,23 @@ def test_a_pools_next_step_is_one_that_can_be_typed_here() -> None:
     step = "Stop them (`llorch-pool worker stop w1`), or `llorch pool bootstrap NAME`."
     error = failures.remote(POOL, 1, Failure(code="x", message="no", next_step=step))
     assert error.next_step == "Stop them (`llorch worker stop w1 -p gpu1`), or `llorch pool bootstrap gpu1`."
+
+
+@pytest.mark.parametrize("status", [1, 255])
+def test_a_key_file_that_is_missing_here_is_no_missing_program(status: int) -> None:
+    """ssh says this of its own, and goes on."""
+    warning = "Warning: Identity file /k not accessible: No such file or directory.\n"
+    assert failures.kind_of(failures.transport(POOL, status, warning)) == "broken"
+    refused = failures.transport(POOL, 255, warning + "ssh: connect to host 10.0.0.5 port 2222: Connection refused")
+    assert failures.kind_of(refused) == "refused"
+    denied = failures.transport(POOL, 255, warning + "me@10.0.0.5: Permission denied (publickey).")
+    assert failures.kind_of(denied) == "auth" and "/k not accessible" in denied.message
+
+
+def test_the_ssh_command_to_try_has_the_port_and_the_key() -> None:
+    pool = POOL._replace(identity_file="/my key")
+    for stderr in ("Permission denied", "Connection refused", "timed out", "No route to host", ""):
+        assert "ssh -p 2222 -i '/my key' me@10.0.0.5" in failures.transport(pool, 255, stderr).next_step
+    assert "ssh -p 2222 -i '/my key' me@10.0.0.5" in failures.silent(pool, 1).next_step
+    changed = failures.transport(POOL._replace(host="fd00::1"), 255, CHANGED).next_step
+    assert changed.endswith("llorch pool add --replace gpu1 'me@[fd00::1]:2222'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -99,8 +100,9 @@ def test_a_pool_that_was_changed_meanwhile_is_another_one(
         assert waiting.take(pools.get("up")) is None
 
 
-def test_a_registry_that_can_not_be_read_is_the_commands_to_tell(pools: Pools) -> None:
-    pools.file.write_text("{")
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"pools": {"up": {"name": "up", "host": "h\\u0000"}}}'])
+def test_a_registry_that_can_not_be_read_is_the_commands_to_tell(pools: Pools, content: str) -> None:
+    pools.file.write_text(content)
     with begun(["worker", "list", "-p", "up"]):
         assert head_start.current() is not None
 
@@ -121,3 +123,52 @@ def test_a_process_is_seen_off_when_it_ends_and_killed_when_it_does_not() -> Non
     assert connection.finish(ends, 20) == 7
     stays = subprocess.Popen(["sleep", "60"], stdin=pipe, stdout=pipe, stderr=pipe)
     assert connection.finish(stays, 0.1) is None and stays.returncode == -9
+
+
+def test_those_that_nobody_took_share_their_time_to_end(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each hears of the end before any is waited for: the second to be asked ends only when the first has."""
+    turns = iter(range(3))
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def open_rpc(*_: object) -> subprocess.Popen[bytes]:
+        turn = next(turns)
+        others = " ".join(f"{tmp_path}/{other}" for other in range(3) if other != turn)
+        await_others = f"for f in {others}; do until test -e $f; do sleep 0.02; done; done"
+        script = f"cat >/dev/null; touch {tmp_path}/{turn}; {await_others}"
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(["sh", "-c", script], stdin=pipe, stdout=pipe, stderr=pipe))
+        return processes[-1]
+
+    monkeypatch.setattr(connection, "open_rpc_early", open_rpc)
+    monkeypatch.setattr(head_start, "LEAVE_S", 20.0)
+    waiting = HeadStart()
+    for _ in range(3):
+        waiting.start(pools.get("up"), pools)
+    waiting.close()
+    assert [process.returncode for process in processes] == [0, 0, 0]
+
+
+def test_a_runtime_folder_that_nobody_made_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    short = Path(tempfile.mkdtemp(prefix="lh", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/no-such-user")
+    assert connection.control_folder().parent == short
+    assert not Path("/run/user/no-such-user").exists()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    assert connection.control_folder() == short / "llorch"
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh here")
+def test_a_configuration_for_tunnels_does_not_keep_commands_from_running(pools: Pools, tmp_path: Path) -> None:
+    configuration = tmp_path / "ssh_config"
+    configuration.write_text(
+        "IgnoreUnknown UseKeychain\nUseKeychain yes\n"
+        "StdinNull yes\nForkAfterAuthentication yes\nSessionType none\nRequestTTY force\n"
+    )
+    command = ["ssh", "-F", str(configuration), *connection.options(pools.get("down"), pools), "-G", "h"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    for line in ("stdinnull no", "forkafterauthentication no", "sessiontype default"):
+        assert line in shown or not any(other.startswith(line.split()[0]) for other in shown), line
+    assert "requesttty false" in shown
