@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llorch.errors import AccessProblem, UsageProblem
+from llorch.errors import AccessProblem, CliError, UsageProblem
 from llorch.fleet.targets import (
     AllOption,
     Asked,
@@ -64,9 +65,15 @@ def add(
     address: Annotated[
         str, typer.Argument(metavar="ADDRESS", help="[user@]host[:port]; a name from ~/.ssh/config works.")
     ],
-    identity: Annotated[str, typer.Option("--identity", "-i", help="Private key file for ssh.")] = "",
-    command: Annotated[str, typer.Option("--command", help="How llorch-pool is started there.")] = "llorch-pool",
-    orchestrator: Annotated[str, typer.Option("--orchestrator", help="orchestratord's URL as it sees it.")] = "",
+    identity: Annotated[
+        str | None, typer.Option("--identity", "-i", help="Private key file for ssh; '' leaves it to ssh.")
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option("--command", help="How llorch-pool is started there [llorch-pool].")
+    ] = None,
+    orchestrator: Annotated[
+        str | None, typer.Option("--orchestrator", help="orchestratord's URL as it sees it; '' forgets it.")
+    ] = None,
     fingerprint: Annotated[str, typer.Option("--fingerprint", help="Expect this host key (SHA256:...).")] = "",
     use_known_hosts: Annotated[
         bool, typer.Option("--use-known-hosts", help="Don't pin: your own known_hosts decides.")
@@ -74,36 +81,46 @@ def add(
     replace: Annotated[bool, typer.Option("--replace", help="Change a pool that is known, or its host key.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Add a machine: show and pin its host key, try the connection."""
+    """Add a machine: show and pin its host key, try the connection.
+
+    Once the key is pinned the pool is kept, also when the try fails. --replace keeps what isn't given anew.
+    """
+    from llorch.fleet.pool_options import absolute, again, checked_url
     from llorch.fleet.pools import Pool, check_pool_name, parse_address
 
     registry = open_registry()
-    known = registry.all()
-    if check_pool_name(name) in known and not replace:
-        raise UsageProblem(f"there is a pool {name} already", next_step=f"llorch pool add --replace {name} {address}")
+    old = registry.all().get(check_pool_name(name))
     user, host, port = parse_address(address)
-    old = known.get(name)
+    url = orchestrator and checked_url(orchestrator)
+    given = {"-i": identity, "--command": command, "--orchestrator": url}
+    typed = [word for flag, value in given.items() if value is not None for word in (flag, value)] + [name, address]
+    if old is not None and not replace:
+        raise UsageProblem(f"there is a pool {name} already", next_step=again("--replace", *typed))
+    if use_known_hosts and fingerprint:
+        raise UsageProblem("--use-known-hosts and --fingerprint exclude each other", next_step="leave one of them out")
+    old = old or Pool(name=name, host=host)
     pool = Pool(
         name=name,
         host=host,
         user=user,
         port=port,
-        identity_file=identity or (old.identity_file if old else ""),
-        command=command if command != "llorch-pool" or old is None else old.command,
-        orchestrator=orchestrator.rstrip("/") or (old.orchestrator if old else ""),
+        identity_file=old.identity_file if identity is None else absolute(identity),
+        command=old.command if command is None else command or "llorch-pool",
+        orchestrator=old.orchestrator if url is None else url,
         added_at_ms=round(time.time() * 1000),
     )
     if not use_known_hosts:
-        pool = _pin(pool, fingerprint, yes=yes)
+        pool = _pin(pool, fingerprint, ["--replace", *typed] if replace else typed, yes=yes)
     registry.put(pool)
     _try(pool.name)
 
 
-def _pin(pool: Pool, fingerprint: str, *, yes: bool) -> Pool:
+def _pin(pool: Pool, fingerprint: str, typed: list[str], *, yes: bool) -> Pool:
     """The pool with its host key pinned, after it was shown and agreed to. Raises AccessProblem."""
     import sys
 
     from llorch.fleet.host_keys import offered
+    from llorch.fleet.pool_options import again
 
     registry = open_registry()
     key = offered(pool)
@@ -117,7 +134,7 @@ def _pin(pool: Pool, fingerprint: str, *, yes: bool) -> Pool:
         if not sys.stdin.isatty():
             raise AccessProblem(
                 f"{pool.name}: its host key {key.fingerprint} has to be agreed to, and nobody is there to ask",
-                next_step=f"llorch pool add --fingerprint {key.fingerprint} {pool.name} {pool.address}",
+                next_step=again("--fingerprint", key.fingerprint, *typed),
             )
         confirm("Is that the machine's key?", yes=False)
     registry.pin(pool.key_alias, [key.key])
@@ -126,7 +143,6 @@ def _pin(pool: Pool, fingerprint: str, *, yes: bool) -> Pool:
 
 def _try(name: str) -> None:
     """Say whether llorch-pool answers there. A bare machine is no failure: bootstrap comes next."""
-    from llorch.errors import CliError
     from llorch.fleet import failures, ssh
 
     registry = open_registry()
@@ -135,6 +151,8 @@ def _try(name: str) -> None:
         status: wire.PoolStatus = ssh.call(pool, registry, wire.Status(), timeout_s=30)
     except CliError as error:
         if failures.kind_of(error) != "missing":
+            # It is kept because most of these are repaired on the machine, by bootstrap, or in the user's ssh.
+            error.next_step += f"; {name} is kept: correct it with --replace, or llorch pool remove {name}"
             raise
         say(f"{name}: added; there is no llorch-pool on it yet")
         say(f"next:  llorch pool bootstrap {name}")
@@ -164,7 +182,8 @@ def remove(
     confirm(f"forget {name} ({pool.address})? Its workers go on.", yes=yes)
     from llorch.fleet import ssh
 
-    ssh.close_master(pool, registry)
+    with suppress(CliError):  # a shared connection that stays ends by itself
+        ssh.close_master(pool, registry)
     registry.remove(name)
     say(f"{name}: forgotten")
 

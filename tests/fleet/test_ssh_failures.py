@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import socket
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from llorch.fleet.pools import Pools
 from tests.fleet.conftest import NewMachine
 from tests.support.sshd import Machine, Operator, free_port, keygen
 
@@ -157,10 +160,73 @@ def test_a_connection_that_dies_in_mid_answer(op: Operator, machine: Machine) ->
 
 
 def test_the_commands_own_deadline(op: Operator, machine: Machine) -> None:
-    put_in_place(op, machine, "slow", "cat >/dev/null")
+    put_in_place(op, machine, "slow", f"echo '{HELLO % ('0.1.0', 1)}'", "cat >/dev/null")
     began = time.monotonic()
-    refused = op.llorch("worker", "list", "-p", "slow", "--timeout", "0.5", check=124)
-    assert "no answer within 0.5 s" in refused.stderr and time.monotonic() - began < 15
+    refused = op.llorch("worker", "list", "-p", "slow", "--timeout", "2", check=124)
+    assert "no answer within 2 s" in refused.stderr and time.monotonic() - began < 15
+
+
+def test_a_command_that_the_pool_gave_up(op: Operator, machine: Machine) -> None:
+    """llorch-pool ends in this way when a command doesn't react to its deadline."""
+    put_in_place(op, machine, "stuck", f"echo '{HELLO % ('0.1.0', 1)}'", "exit 124")
+    assert "no answer within 30 s" in op.llorch("worker", "list", "-p", "stuck", check=124).stderr
+
+
+def test_the_deadline_counts_for_a_host_that_says_nothing(op: Operator, mute: int) -> None:
+    registry = Path(op.environ["XDG_CONFIG_HOME"]) / "llorch" / "pools.json"
+    content = json.loads(registry.read_text())
+    content["pools"]["silent"] = {"name": "silent", "host": "127.0.0.1", "user": "me", "port": mute}
+    registry.write_text(json.dumps(content))
+    refused = op.llorch("worker", "list", "-p", "silent", "--timeout", "2", check=5)
+    assert "it does not answer [not a word within 2 s]" in refused.stderr
+    assert f"ssh -p {mute} " in refused.stderr
+    op.llorch("pool", "remove", "silent", "-y")
+
+
+def test_a_pool_that_was_refused_is_kept_and_this_is_said(op: Operator, new_machine: NewMachine, ground: Path) -> None:
+    other = keygen(ground / "kept_key")
+    kept = new_machine("kept")
+    shutil.copy(other.with_suffix(".pub"), kept.folder / "authorized_keys")
+    refused = op.llorch("pool", "add", "kept", kept.address, "-y", check=4)
+    assert "kept is kept: correct it with --replace, or llorch pool remove kept" in refused.stderr
+    assert "kept" in op.llorch("pool", "list", "-o", "name").stdout.split()
+
+
+def test_what_is_to_be_typed_next_has_every_option_that_was_given(op: Operator, new_machine: NewMachine) -> None:
+    given = new_machine("given")
+    (op.folder / "my key").write_bytes(op.key.read_bytes())
+    (op.folder / "my key").chmod(0o600)
+    options = ["--replace", "-i", "my key", "--command", "/no/llorch pool", "--orchestrator", "http://house:8080/"]
+    refused = op.llorch("pool", "add", *options, "given", given.address, check=4)
+    typed = shlex.split(refused.stderr.splitlines()[-1].removeprefix("next:"))
+    assert typed[0] == "llorch"
+    op.llorch(*typed[1:])
+    kept = Pools(Path(op.environ["XDG_CONFIG_HOME"]) / "llorch").get("given")
+    assert kept.identity_file == str(op.folder / "my key"), "a relative path means nothing in another folder"
+    assert (kept.command, kept.orchestrator) == ("/no/llorch pool", "http://house:8080")
+    op.add("given", given, "--replace")
+    assert Pools(Path(op.environ["XDG_CONFIG_HOME"]) / "llorch").get("given").command == "/no/llorch pool"
+    op.add("given", given, "--replace", "--command", "llorch-pool", "-i", "", "--orchestrator", "")
+    reset = Pools(Path(op.environ["XDG_CONFIG_HOME"]) / "llorch").get("given")
+    assert (reset.identity_file, reset.command, reset.orchestrator) == ("", "llorch-pool", "")
+
+
+def test_a_configuration_for_tunnels_does_no_harm(op: Operator, new_machine: NewMachine) -> None:
+    """What people set for a host that they use for port forwarding; and unknown words that they let pass."""
+    tunnel = new_machine("tunnel")
+    wrapper = op.folder / "bin" / "ssh"
+    kept = wrapper.read_text()
+    configuration = next(Path(word.strip("\"'")) for word in kept.split() if "config" in word)
+    before = configuration.read_text()
+    configuration.write_text(
+        "IgnoreUnknown UseKeychain\nUseKeychain yes\n"
+        f"StdinNull yes\nForkAfterAuthentication yes\nSessionType none\n{before}"
+    )
+    try:
+        op.add("tunnel", tunnel)
+        assert op.llorch("worker", "list", "-p", "tunnel", "--json").stdout.strip() == "[]"
+    finally:
+        configuration.write_text(before)
 
 
 def test_a_part_of_a_fleet_that_fails(op: Operator, machine: Machine, new_machine: NewMachine) -> None:
