@@ -1,8 +1,12 @@
 """`python -m llorch`."""
 
+import os
 import sys
 
-from llorch.cli import main
+try:
+    from llorch.cli import main
+except KeyboardInterrupt:
+    os._exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

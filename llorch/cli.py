@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
-from io import TextIOWrapper
-from typing import TYPE_CHECKING, NoReturn
 
-from llorch.errors import CliError, ExitCode
+try:
+    import gc
+    from collections.abc import Generator, Sequence
+    from contextlib import contextmanager, suppress
+    from io import TextIOWrapper
+    from typing import TYPE_CHECKING, NoReturn
+
+    from llorch.errors import CliError, ExitCode, UsageProblem
+except KeyboardInterrupt:  # Ctrl-C before `main`, which would say it the same way
+    os._exit(130)
 
 if TYPE_CHECKING:
     import typer
@@ -24,9 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # A command imports much, and what it imports stays: looking for garbage meanwhile costs 5 % of its start.
         gc.set_threshold(50_000)
-        _leave(main(sys.argv[1:]))
-    _prepare_streams()
+        try:
+            code = main(sys.argv[1:])
+        except KeyboardInterrupt:  # while it was about to end
+            code = ExitCode.INTERRUPTED
+        _leave(code)
     try:
+        _prepare_streams()
+        _check_encoding(argv)
         with _head_start(argv):
             return _run(list(argv))
     except CliError as error:
@@ -44,11 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_streams() -> None:
     """A program may be started with its streams closed: what is written to them is lost then, and that is all."""
+    # In this order: each takes the lowest number that is free, its own.
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY))
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a stream
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Refuse arguments that aren't UTF-8, which Python hands on as lone surrogates. Raises UsageProblem.
+
+    `run` looks at its prompt itself; of what else is typed there only the option is named: it may be private.
+    """
+    for before, item in zip(("", *arguments), arguments, strict=False):
+        if item.isascii() or not any("\ud800" <= char <= "\udfff" for char in item):
+            continue
+        shown = "".join(f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else char for char in item)
+        what = f"the argument '{shown}'"
+        if arguments[0] == "run":
+            option = item.partition("=")[0] if item.startswith("--") else before if before.startswith("-") else ""
+            if option in ("", "-", "--", "--system"):
+                continue
+            what = f"what follows {option}"
+        raise UsageProblem(f"{what} is not valid UTF-8", next_step="check the terminal's encoding (locale)")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class Settings:
         setting = _BY_NAME[name]
         if flag is not None:
             return Resolved(setting, flag, f"flag {flag_name or '--' + name.replace('_', '-')}")
-        if value := self._environ.get(setting.env):
+        if value := readable(self._environ, setting.env):
             return Resolved(setting, value, f"environment {setting.env}")
         for path, content in self.files():
             if name in content:
@@ -86,9 +87,19 @@ class Settings:
     def files(self) -> list[tuple[Path, dict[str, Any]]]:
         """The settings files that exist, the one that counts more first."""
         if self._files is None:
-            paths = ((self._cwd or Path.cwd()) / "llorch.toml", config_home(self._environ) / "config.toml")
+            paths = [config_home(self._environ) / "config.toml"]
+            with suppress(FileNotFoundError):  # the current folder may have been removed
+                paths.insert(0, (self._cwd or Path.cwd()) / "llorch.toml")
             self._files = [(path, _read_toml(path)) for path in paths if path.is_file()]
         return self._files
+
+
+def readable(environ: Mapping[str, str], variable: str) -> str | None:
+    """A variable's value. Raises UsageProblem, without the value, for one that isn't UTF-8."""
+    value = environ.get(variable)
+    if value and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise UsageProblem(f"{variable} is not valid UTF-8", next_step=f"export {variable}=...")
+    return value
 
 
 def config_home(environ: Mapping[str, str]) -> Path:

@@ -66,13 +66,15 @@ def download(
     as_json: JsonOption = False,
 ) -> None:
     """Bring a model to pools; goes on with an interrupted download."""
-    token = os.environ.get("HF_TOKEN") if hf_token else None
+    from llorch.config import readable
+
+    token = readable(os.environ, "HF_TOKEN") if hf_token else None
     if hf_token and not token:
         from llorch.errors import UsageProblem
 
         raise UsageProblem("--hf-token: HF_TOKEN is not set here", next_step="export HF_TOKEN=hf_...")
     command = wire.ModelDownload(
-        ref=ref, name=name, offline=offline, endpoint=os.environ.get("HF_ENDPOINT"), token=token
+        ref=ref, name=name, offline=offline, endpoint=readable(os.environ, "HF_ENDPOINT"), token=token
     )
     answer(command, COLUMNS, Asked(pool, everywhere, timeout, output, as_json))
 

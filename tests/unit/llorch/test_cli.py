@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["up", "--workers", "0"], "0 is not in the range", "llorch up --help"),
         (["status", "--url", "ftp://x"], "is not a URL", "--url"),
         (["status", "--url", "http://u:p@x"], "must not hold a password", "LLORCH_API_KEY"),
+        (["pool", "add", "a", "h", "--orchestrator", "x y"], "--orchestrator is not a URL", "pool add --help"),
+        (["pool", "add", "a", "h", "--orchestrator", "ftp://x"], "--orchestrator is not a URL", "pool add --help"),
+        (["pool", "add", "a", "h", "--orchestrator", "http://u:p@x"], "--orchestrator is not a", "pool add --help"),
+        (["pool", "add", "a", "h", "--orchestrator", "http://"], "--orchestrator is not a URL", "pool add --help"),
+        (["pool", "add", "a", "h", "--use-known-hosts", "--fingerprint", "x"], "exclude each other", "leave one"),
         (["completion", "show", "tcsh"], "completion is for bash", "llorch completion -h"),
     ],
 )
@@ -187,8 +194,100 @@ def test_a_full_disk_behind_stdout_is_said_in_words() -> None:
 
 
 def test_closed_streams_are_no_reason_to_fail() -> None:
-    command = f"{sys.executable} -m llorch config show >&- 2>&-"
+    command = f"{sys.executable} -m llorch config show <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 0
+
+
+def test_a_question_with_stdin_closed_is_asked_of_nobody() -> None:
+    registry = Path(os.environ["XDG_CONFIG_HOME"]) / "llorch" / "pools.json"
+    registry.parent.mkdir(parents=True)
+    registry.write_text('{"pools": {"a": {"name": "a", "host": "h"}}}')
+    command = f"{sys.executable} -m llorch pool remove a <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Nobody is there to answer" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pool", "add", "a\udcff", "h"], r"the argument 'a\xff' is not valid UTF-8"),
+        (["worker", "list", "-p", "\udcff"], r"the argument '\xff' is not valid UTF-8"),
+        (["task", "show", "\udcff"], r"the argument '\xff' is not valid UTF-8"),
+        (["\udcff"], r"the argument '\xff' is not valid UTF-8"),
+        (["run", "secret\udcff"], "the prompt is not valid UTF-8"),
+        (["run", "--", "secret\udcff"], "the prompt is not valid UTF-8"),
+        (["run", "--system", "secret\udcff", "hi"], "--system is not valid UTF-8"),
+        (["run", "--stop", "secret\udcff", "hi"], "what follows --stop is not valid UTF-8"),
+        (["run", "--stop=secret\udcff", "hi"], "what follows --stop is not valid UTF-8"),
+        (["run", "-m", "secret\udcff", "hi"], "what follows -m is not valid UTF-8"),
+    ],
+)
+def test_arguments_that_are_not_utf_8(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == ExitCode.USAGE
+    _, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}\n") and "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments"),
+    [
+        ("LLORCH_API_KEY", ["task", "list"]),
+        ("LLORCH_WORKER_KEY", ["worker", "spawn", "demo", "-p", "a", "--alone"]),
+        ("HF_TOKEN", ["model", "download", "hf:a/b", "-p", "a", "--hf-token"]),
+    ],
+)
+def test_secrets_that_are_not_utf_8_are_named_and_not_shown(
+    variable: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Path(os.environ["XDG_CONFIG_HOME"]) / "llorch" / "pools.json"
+    registry.parent.mkdir(parents=True)
+    registry.write_text('{"pools": {"a": {"name": "a", "host": "h"}}}')
+    monkeypatch.setenv(variable, "secret\udcff")
+    assert cli.main(arguments) == ExitCode.USAGE
+    _, err = capsys.readouterr()
+    assert err.startswith(f"error: {variable} is not valid UTF-8\n") and "secret" not in err
+
+
+@pytest.mark.parametrize("module", ["llorch.cli", "llorch.errors"])
+def test_ctrl_c_while_the_program_itself_loads(module: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "runpy.run_module('llorch', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("place", ["_prepare_streams", "_fail"])
+def test_ctrl_c_at_the_edges_of_main(place: str) -> None:
+    code = (
+        "import sys; sys.argv = ['llorch', 'tsk']; from llorch import cli\n"
+        "def interrupt(*_): raise KeyboardInterrupt\n"
+        f"cli.{place} = interrupt; cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["config", "show"], 0), (["pool", "list"], 0), (["pool", "add", "a", "no-such-host.invalid", "-y"], 5)],
+)
+def test_the_current_folder_may_be_gone(arguments: list[str], code: int, tmp_path: Path) -> None:
+    if code and shutil.which("ssh") is None:
+        pytest.skip("no ssh here")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = ["sh", "-c", 'cd "$1" && rmdir "$1" && shift && exec "$@"', "sh", str(gone)]
+    environ = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "llorch", *arguments], capture_output=True, text=True, timeout=60, env=environ
+    )
+    assert done.returncode == code, done.stderr
 
 
 def test_the_reader_of_a_pipe_may_leave() -> None:
