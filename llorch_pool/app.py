@@ -5,6 +5,7 @@ The same messages come in over `rpc`; nothing can be done here that can't be don
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -15,12 +16,26 @@ import typer
 from typer.main import get_command
 
 from llorch_pool.context import Context
-from llorch_pool.errors import PoolError, usage_error
+from llorch_pool.errors import PoolError, refused_by_the_system, usage_error
 from llorch_wire import pool as wire
 
 _Output = Annotated[str, typer.Option("--output", "-o", help="table, tsv, json, jsonl or name.", show_default=False)]
 _Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
-_Timeout = Annotated[float, typer.Option("--timeout", help="Give up after this many seconds.", min=0.1)]
+
+
+def _finite(value: float | None) -> float | None:
+    """nan and inf are no seconds: no comparison with them holds, and JSON has neither."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number of seconds.")
+    return value
+
+
+_Timeout = Annotated[
+    float, typer.Option("--timeout", help="Give up after this many seconds.", min=0.1, callback=_finite)
+]
+_Grace = Annotated[
+    float, typer.Option("--grace", help="Seconds to finish what runs; 0 stops at once.", min=0, callback=_finite)
+]
 _Name = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, as `model list` shows it.")]
 _FORMATS = ("table", "tsv", "json", "jsonl", "name")
 _group = partial(
@@ -111,10 +126,13 @@ def _run(command: wire.AnyCommand, output: str, as_json: bool, timeout_s: float 
         if isinstance(command, wire.Doctor):
             rc = int(any(finding.level == "error" and not finding.fixed for finding in value))
         sys.stdout.flush()
-    except PoolError as error:
+    except BrokenPipeError:
+        rc = wire.RC_FAILED  # nobody reads any more (`... | head`)
+    except (PoolError, OSError) as error:
         reporter.close()
-        rc = error.rc
-        _say_error(error.message, error.next_step, error.detail)
+        said = error if isinstance(error, PoolError) else refused_by_the_system(error)
+        rc = said.rc
+        _say_error(said.message, said.next_step, said.detail)
     sys.stderr.flush()
     # Threads that still wait for a dead socket must not hold the process.
     os._exit(rc)
@@ -175,12 +193,16 @@ def worker_spawn(
     device_name: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or a GPU's UUID.")] = None,
     engine: Annotated[str, typer.Option(help="The engine.")] = "torch",
     slots: Annotated[int | None, typer.Option(help="Tasks at once.")] = None,
-    idle_timeout: Annotated[float | None, typer.Option(help="End after this many seconds without work.")] = None,
+    idle_timeout: Annotated[
+        float | None, typer.Option(help="End after this many seconds without work.", callback=_finite)
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to bind; the one facing the orchestrator.")] = None,
     port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 0,
     advertise_url: Annotated[str | None, typer.Option(help="URL at which the orchestrator reaches it.")] = None,
     on_boot: Annotated[bool, typer.Option("--on-boot", help="Bring it back after a reboot.")] = False,
-    ready_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = 600.0,
+    ready_timeout: Annotated[
+        float, typer.Option(help="Seconds until it must be ready.", min=1, callback=_finite)
+    ] = 600.0,
     force: Annotated[bool, typer.Option("--force", help="Start it even if it does not seem to fit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be started.")] = False,
     output: _Output = "",
@@ -218,7 +240,7 @@ def worker_list(output: _Output = "", json: _Json = False) -> None:
 @worker.command("stop")
 def worker_stop(
     worker_ids: Annotated[list[str], typer.Argument(metavar="WORKER...", help="Workers to stop.")],
-    grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
+    grace: _Grace = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Also one that `llorch up` would start again.")] = False,
     output: _Output = "",
     json: _Json = False,
@@ -229,7 +251,7 @@ def worker_stop(
 
 @worker.command("stop-all")
 def worker_stop_all(
-    grace: Annotated[float, typer.Option(help="Seconds to finish what runs; 0 stops at once.")] = 30.0,
+    grace: _Grace = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Also those that `llorch up` would start again.")] = False,
     output: _Output = "",
     json: _Json = False,

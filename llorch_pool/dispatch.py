@@ -86,9 +86,7 @@ def _worker(context: Context, command: wire.AnyCommand) -> Any:
     registry = Registry(context.paths.workers)
     match command:
         case wire.WorkerList():
-            from llorch_pool.lifecycle import list_workers
-
-            return list_workers(registry)
+            return _workers(context, registry)
         case wire.WorkerStop():
             ids = _all_to_stop(context, registry, command) if command.all else command.worker_ids
             if not ids and not command.all:
@@ -101,7 +99,7 @@ def _worker(context: Context, command: wire.AnyCommand) -> Any:
 
             return show(context, registry, command)
         case wire.WorkerCleanup():
-            from llorch_pool.ending import cleanup
+            from llorch_pool.leftovers import cleanup
 
             return cleanup(context, registry, dry_run=command.dry_run)
         case wire.WorkerRestore():
@@ -110,6 +108,15 @@ def _worker(context: Context, command: wire.AnyCommand) -> Any:
             return restore(context)
         case _:
             raise AssertionError(command)
+
+
+def _workers(context: Context, registry: Registry) -> list[wire.WorkerInfo]:
+    """Every worker here; one that can't be shown, because its entry is damaged, is said."""
+    from llorch_pool.lifecycle import list_workers, unlisted
+
+    for found in unlisted(registry):
+        context.log(f"not shown: {found.text}; next: {found.next_step}", "warning")
+    return list_workers(registry)
 
 
 def _all_to_stop(context: Context, registry: Registry, command: wire.WorkerStop) -> list[str]:
@@ -121,6 +128,10 @@ def _all_to_stop(context: Context, registry: Registry, command: wire.WorkerStop)
             context.log(text, "warning")
         else:
             ids.append(record.worker_id)
+    from llorch_pool.lifecycle import unlisted
+
+    for found in unlisted(registry):
+        context.log(f"not stopped: {found.text}; next: {found.next_step}", "warning")
     return ids
 
 
@@ -150,7 +161,7 @@ def status(context: Context) -> wire.PoolStatus:
         python=platform.python_version(),
         devices=_devices(context),
         models=models.list_models(context),
-        workers=lifecycle.list_workers(registry),
+        workers=_workers(context, registry),
         strays=lifecycle.strays(registry),
         models_dir=str(context.paths.models),
         state_dir=str(context.paths.state),

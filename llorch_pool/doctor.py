@@ -7,30 +7,40 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from llorch_pool import devices, ending, estimate, lifecycle, models, process
+from llorch_pool import devices, estimate, leftovers, lifecycle, models, process
 from llorch_pool.context import Context
-from llorch_pool.errors import PoolError
+from llorch_pool.errors import PoolError, refused_by_the_system
 from llorch_pool.paths import make_private
 from llorch_pool.registry import Registry
 from llorch_wire.pool import Finding
 
 LOW_DISK_BYTES = 5 << 30
+PROBE_BYTES = 64 << 10
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
 
 
 def check(context: Context, *, fix: bool) -> list[Finding]:
     """Every finding, good ones too. With `fix`, what can be repaired without harm is."""
     registry = Registry(context.paths.workers)
-    return [
-        *_python(),
-        *_folders(context),
-        *_disk(context),
-        *_device(),
-        *_worker_entries(context, registry, fix=fix),
-        *_models(context),
-    ]
+    sections: dict[str, Callable[[], list[Finding]]] = {
+        "python": _python,
+        "folders": lambda: _folders(context),
+        "disk": lambda: _disk(context),
+        "devices": _device,
+        "workers": lambda: _worker_entries(context, registry, fix=fix),
+        "models": lambda: _models(context),
+    }
+    found: list[Finding] = []
+    for subject, section in sections.items():
+        try:
+            found += section()
+        except OSError as error:  # what the system refuses here must not hide what else there is to say
+            refused = refused_by_the_system(error)
+            found.append(Finding(level="error", subject=subject, text=refused.message, repair=refused.next_step))
+    return found
 
 
 def _ok(subject: str, text: str) -> Finding:
@@ -61,11 +71,15 @@ def _folders(context: Context) -> list[Finding]:
             if folder == context.paths.state:
                 make_private(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as probe:  # made on a full disk too: it must also take something
+                probe.write(bytes(PROBE_BYTES))
+                probe.flush()
+                os.fsync(probe.fileno())
             found.append(_ok(what, str(folder)))
         except OSError as error:
-            found.append(Finding(level="error", subject=what, text=f"can't write to {folder}: {error.strerror}"))
+            refused = refused_by_the_system(error)
+            text = f"can't write to {folder}: {error.strerror}"
+            found.append(Finding(level="error", subject=what, text=text, repair=refused.next_step))
     return found
 
 
@@ -121,26 +135,44 @@ def _worker_entries(context: Context, registry: Registry, *, fix: bool) -> list[
             found.append(Finding(level="error", subject=subject, text=f"{info.state}: {info.detail}", repair=repair))
         else:
             found.append(_ok(subject, f"{info.state}, pid {info.pid}, {info.url}"))
-    for path in registry.damaged():
-        text = "the entry can't be read"
-        found.append(
-            Finding(level="warning", subject=path.name, text=text, repair="llorch-pool worker cleanup", fixed=fix)
-        )
-    for stray in lifecycle.strays(registry):
+    loose = lifecycle.strays(registry)
+    serving: set[str] = set()
+    for hidden in lifecycle.unlisted(registry, loose):
+        if hidden.serves_at:
+            serving.add(hidden.worker_id)
+            subject = f"worker {hidden.worker_id}"
+            found.append(Finding(level="error", subject=subject, text=hidden.text, repair=hidden.next_step))
+        elif hidden.entry is not None:
+            repair = "llorch-pool worker cleanup"
+            found.append(
+                Finding(level="warning", subject=hidden.entry.name, text=hidden.text, repair=repair, fixed=fix)
+            )
+    for stray in loose:
+        if stray.worker_id in serving:
+            continue
         text = f"pid {stray.pid} belongs to {stray.worker_id}, which is not on record as running: {stray.command}"
         found.append(
             Finding(level="error", subject="process", text=text, repair="llorch-pool worker cleanup", fixed=fix)
         )
     if fix and any(finding.fixed for finding in found):
-        ending.cleanup(context, registry, dry_run=False)
+        leftovers.cleanup(context, registry, dry_run=False)
     if process.start_time(os.getpid()) is None:
         found.append(Finding(level="error", subject="/proc", text="process start times can't be read here"))
     return found
 
 
 def _models(context: Context) -> list[Finding]:
-    found: list[Finding] = []
-    for info in models.list_models(context):
+    whole, damaged = models.scan(context)
+    found = [
+        Finding(
+            level="error",
+            subject=f"model {name}",
+            text=error.message,
+            repair=f"llorch-pool model remove --force {name}, then download it again",
+        )
+        for name, error in damaged.items()
+    ]
+    for info in whole:
         wrong = [
             file.path
             for file in info.files

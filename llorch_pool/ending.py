@@ -1,4 +1,4 @@
-"""How workers end, and what they leave behind. Read `stop_workers` first.
+"""How workers end. Read `stop_workers` first. (What they leave behind: `leftovers`.)
 
 stop:  POST /drain, /shutdown ─ it ends, or the grace is over ─▶ SIGTERM ─ 5 s ─▶ SIGKILL to the group and to
        every process that carries the worker's marker
@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from pathlib import Path
 
 import msgspec
 
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError, usage_error
 from llorch_pool.http_call import NoReplyError, call
-from llorch_pool.lifecycle import list_workers, marked_here, side_by_side, strays
+from llorch_pool.lifecycle import marked_here, side_by_side
 from llorch_pool.process import Identity, is_alive, send
 from llorch_pool.registry import Registry, WorkerRecord
-from llorch_wire.pool import CleanupReport, Progress, StopOutcome
+from llorch_wire.pool import Progress, StopOutcome
 
 TERM_WAIT_S = 5.0
 YIELD_S = 5.0
@@ -153,65 +152,3 @@ def kill_marked(registry: Registry, worker_id: str) -> int:
         if marked_id == worker_id:
             killed += send(found.process, signal.SIGKILL)
     return killed
-
-
-def cleanup(context: Context, registry: Registry, *, dry_run: bool) -> CleanupReport:
-    """Remove entries of dead workers, stray processes, and files that belong to no worker.
-
-    A worker that died with a reboot and was spawned with --on-boot keeps its entry: `worker restore` needs it.
-    """
-    entries = [
-        info.worker_id
-        for info in list_workers(registry)
-        if info.state in ("exited", "pid-reused") or (info.state == "rebooted" and not info.on_boot)
-    ]
-    loose = strays(registry)
-    for path in registry.damaged():
-        if not dry_run:
-            path.unlink(missing_ok=True)
-    removed: list[str] = []
-    for worker_id in entries:
-        if dry_run:
-            removed.append(worker_id)
-            continue
-        with registry.held(worker_id, context):
-            with contextlib.suppress(PoolError):
-                record = registry.load(worker_id)
-                if record.identity is not None and is_alive(record.identity):
-                    continue  # another command started it again meanwhile
-            registry.remove(worker_id)
-            removed.append(worker_id)
-    if not dry_run:
-        for worker_id in {stray.worker_id for stray in loose}:
-            _end_strays(context, registry, worker_id)
-    files = _left_files(registry, set(removed) if dry_run else set())
-    if not dry_run:
-        for path in files:
-            path.unlink(missing_ok=True)
-    return CleanupReport(entries=removed, strays=loose, files=[path.name for path in files], dry_run=dry_run)
-
-
-def _end_strays(context: Context, registry: Registry, worker_id: str) -> None:
-    """End what carries a dead worker's marker; nothing if the worker was started again meanwhile."""
-    with registry.held(worker_id, context):
-        record = next((record for record in registry.all() if record.worker_id == worker_id), None)
-        if record is None or record.identity is None or not is_alive(record.identity):
-            kill_marked(registry, worker_id)
-
-
-def _left_files(registry: Registry, going: set[str]) -> list[Path]:
-    """Logs, key and port files without an entry. Lock files stay: deleting one that is held would split the lock."""
-    if not registry.folder.is_dir():
-        return []
-    # Files first, entries second: a worker that starts in between has its entry before its files.
-    paths = sorted(registry.folder.iterdir())
-    known = {record.worker_id for record in registry.all()} - going
-    found: list[Path] = []
-    for path in paths:
-        name = path.name
-        for suffix in (".log", ".env", ".ready"):
-            stem, middle, rest = name.rpartition(suffix)
-            if middle and (not rest or rest[1:].isdigit()) and stem not in known:
-                found.append(path)
-                break
-    return found

@@ -7,6 +7,9 @@ LlorchError
 
 from __future__ import annotations
 
+import errno
+import os
+
 from llorch_wire.errors import LlorchError
 from llorch_wire.pool import RC_FAILED, RC_INTERRUPTED, RC_TIMEOUT, RC_USAGE, Failure
 
@@ -32,6 +35,34 @@ class PoolError(LlorchError):
 def usage_error(message: str, next_step: str = "") -> PoolError:
     """A bad argument: exit code 2."""
     return PoolError(message, next_step=next_step, rc=RC_USAGE, code="usage")
+
+
+_AFTER = {
+    errno.EACCES: "Give this user access to it (`ls -ld` shows its owner and mode), and run it again.",
+    errno.EPERM: "Give this user access to it (`ls -ld` shows its owner and mode), and run it again.",
+    errno.EROFS: "Remount it writable, or set XDG_STATE_HOME and LLORCH_MODELS to another disk.",
+    errno.EISDIR: "A file belongs there: move the folder away, and run it again.",
+    errno.ENOTDIR: "A folder belongs there: move the file away, and run it again.",
+    errno.EMFILE: "Allow more open files (`ulimit -n`), and run it again.",
+}
+
+
+def refused_by_the_system(error: OSError) -> PoolError:
+    """What the operating system did not let us do: where, why, and what helps."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    why = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PoolError(
+            f"no space left on the disk{f' that holds {names[0]}' if names else ''}",
+            next_step="Free space (`llorch-pool model list` shows sizes, `llorch-pool model remove NAME` deletes), "
+            "and run it again.",
+            code="disk_full",
+        )
+    return PoolError(
+        f"{' -> '.join(names)}: {why}" if names else f"the system refuses: {why}",
+        next_step=_AFTER.get(error.errno or 0, "Look at that path there; `llorch-pool doctor` checks every folder."),
+        code="system",
+    )
 
 
 class AbortedError(PoolError):

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from llorch_pool.context import Context
@@ -57,30 +57,81 @@ def disk_full(path: Path) -> PoolError:
 
 
 @contextlib.contextmanager
-def locked(path: Path, context: Context, *, what: str, waiting: str = "") -> Generator[None]:
+def locked(
+    path: Path, context: Context, *, what: str, waiting: str = "", keep: Callable[[], bool] = lambda: True
+) -> Generator[None]:
     """Hold the lock file `path` exclusively. Waits as long as `context` allows; says once that it waits.
 
-    The kernel drops the lock when its holder dies, so it can't go stale. Raises AbortedError.
+    The kernel drops the lock when its holder dies, so it can't go stale. Unless `keep` says at the end that what is
+    locked is there, the file is removed while it is still held. Raises AbortedError.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    told = False
+    while (handle := _lock(path, what)) is None:
+        if not told and waiting:
+            context.log(waiting)
+            told = True
+        context.wait(0.05)
     try:
-        told = False
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told and waiting:
-                    context.log(waiting)
-                    told = True
-            except OSError as error:
-                raise PoolError(
-                    f"can't lock {what} ({path}): {error.strerror}",
-                    next_step="File locks must work there: on NFS, mount without `nolock` or set XDG_STATE_HOME and "
-                    "LLORCH_MODELS to a local disk.",
-                ) from error
-            context.wait(0.05)
         yield
     finally:
+        try:
+            if not keep():
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _lock(path: Path, what: str) -> int | None:
+    """A handle that holds the lock, None while another holds it.
+
+    Whoever holds a lock may remove its file; so the lock counts only if, once it is held, the path still leads to the
+    file that was opened. Otherwise two could hold "the" lock, one on the old file and one on the new.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _leads_to(path, handle):
+            return handle
+    except BlockingIOError:
+        pass
+    except OSError as error:
         os.close(handle)
+        raise PoolError(
+            f"can't lock {what} ({path}): {error.strerror}",
+            next_step="File locks must work there: on NFS, mount without `nolock` or set XDG_STATE_HOME and "
+            "LLORCH_MODELS to a local disk.",
+        ) from error
+    os.close(handle)
+    return None
+
+
+def _leads_to(path: Path, handle: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    return False
+
+
+def drop_free_lock(path: Path, *, dry_run: bool = False) -> bool:
+    """Remove a lock file that nobody holds; whether it was free (with `dry_run` it stays)."""
+    if not path.exists():
+        return False
+    handle = _lock(path, path.name)
+    if handle is None:
+        return False
+    try:
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return True
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder with all that is in it; of a symbolic link the link alone. Nothing there is fine."""
+    import shutil
+
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from llorch_pool.errors import PoolError
 from llorch_pool.http_call import NoReplyError, Reply, call
 from llorch_pool.log_rotation import rotate
 from llorch_pool.process import Marked, boot_id, is_alive, marked_processes, start_time
@@ -168,6 +169,61 @@ def side_by_side(work: Callable[[WorkerRecord], T], records: Sequence[WorkerReco
 
     with ThreadPoolExecutor(min(16, len(records))) as threads:
         return list(threads.map(work, records))
+
+
+class Unlisted(NamedTuple):
+    """A worker without an entry, or with a damaged one. `pid` 0: nothing of it runs; `serves_at` "": no tasks."""
+
+    worker_id: str
+    entry: Path | None
+    pid: int
+    serves_at: str
+
+    @property
+    def text(self) -> str:
+        """What is the matter, in words."""
+        text = f"worker {self.worker_id} has no entry"
+        if self.entry is not None:
+            text = f"the entry of worker {self.worker_id} can't be read ({self.entry})"
+        if not self.pid:
+            return f"{text}; nothing of it runs"
+        return f"{text}, but pid {self.pid} runs" + (f" and serves at {self.serves_at}" if self.serves_at else "")
+
+    @property
+    def next_step(self) -> str:
+        """What to do about it. Tasks may run there: it is drained first."""
+        if not self.serves_at:
+            return "`llorch-pool worker cleanup` removes what is left of it"
+        return (
+            f"drain it (`llorch worker drain {self.worker_id}`, or where no orchestratord has it `kill {self.pid}`), "
+            "then `llorch-pool worker cleanup`"
+        )
+
+
+def unlisted(registry: Registry, loose: Sequence[Stray] | None = None) -> list[Unlisted]:
+    """Workers that `list_workers` can't show, because their entries are damaged; of `loose` processes, theirs too."""
+    entries: dict[str, Path | None] = {path.stem: path for path in registry.damaged()}
+    if not entries and not loose:
+        return []  # which is nearly always so; the processes need not be looked through
+    pids = {stray.worker_id: stray.pid for stray in reversed(loose if loose is not None else strays(registry))}
+    entries = dict.fromkeys(pids if loose is not None else ()) | entries
+    return [
+        Unlisted(worker_id, entry, pids.get(worker_id, 0), _serves_at(registry, worker_id) if worker_id in pids else "")
+        for worker_id, entry in entries.items()
+    ]
+
+
+def _serves_at(registry: Registry, worker_id: str) -> str:
+    """URL at which a worker takes tasks right now, "" when it doesn't. Its port file is asked, not its entry."""
+    try:
+        written = msgspec.json.decode(registry.file(worker_id, "ready").read_bytes(), type=dict[str, Any])
+        url = str(written.get("url", ""))
+        key = registry.secrets(worker_id).get("LLORCH_WORKER_KEY")
+        reply = call("GET", f"{url}/health", key=key, timeout_s=HEALTH_TIMEOUT_S)
+    except (OSError, PoolError, msgspec.MsgspecError, NoReplyError):
+        return ""
+    ready = reply.body.get("worker_id") == worker_id and reply.body.get("status") == "ready"
+    return url if ready else ""
 
 
 def strays(registry: Registry) -> list[Stray]:

@@ -27,6 +27,7 @@ from llorch_pool.model_ref import ModelRef
 HUB = "https://huggingface.co"
 READ_TIMEOUT_S = 20.0
 CHUNK_BYTES = 1 << 20
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0, None)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _ask(context: Context, api: Any, ref: ModelRef, page: str) -> Any:
         RevisionNotFoundError,
     )
 
-    for pause in (0.5, 1.0, 2.0, 4.0, None):
+    for pause in _PAUSES_S:
         context.check()
         try:
             return api.model_info(

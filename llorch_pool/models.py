@@ -6,8 +6,8 @@ lock the name ─▶ here already? ─▶ ask the source ─▶ room on the disk
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ from llorch_pool import estimate, model_ref
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError, usage_error
 from llorch_pool.fetch import PARALLEL_FILES, fetch, sha256_of
-from llorch_pool.files import locked, sync_folder, write_atomic
+from llorch_pool.files import locked, remove_tree, sync_folder, write_atomic
 from llorch_pool.lifecycle import list_workers
 from llorch_pool.model_ref import ModelRef
 from llorch_pool.model_source import FolderSource, Source, free_bytes, hub_source
@@ -68,6 +68,7 @@ def _name_locked(context: Context, name: str) -> AbstractContextManager[None]:
         context,
         what=f"model {name}",
         waiting=f"another command brings {name}; waiting for it",
+        keep=lambda: False,  # most names that are typed wrong would leave one for good
     )
 
 
@@ -116,7 +117,7 @@ def bring(context: Context, source: Source, name: str, *, parallel: int = PARALL
     origin = source.identity.encode()
     mark = context.paths.partial / f"{name}.source"
     if partial.exists() and (not mark.exists() or mark.read_bytes() != origin):
-        shutil.rmtree(partial)
+        remove_tree(partial)
     partial.mkdir(exist_ok=True)
     write_atomic(mark, origin, mode=0o644)
     _check_room(context, source, partial)
@@ -127,12 +128,13 @@ def bring(context: Context, source: Source, name: str, *, parallel: int = PARALL
     write_atomic(partial / "model.json", encode(info), mode=0o644)
     target = context.paths.models / name
     old = context.paths.partial / f"{name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    remove_tree(old)
+    if target.exists() or target.is_symlink():
         target.rename(old)
     partial.rename(target)
     sync_folder(context.paths.models)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the model is in place; what is left of the old one goes with the next one
+        remove_tree(old)
     mark.unlink(missing_ok=True)
     return msgspec.structs.replace(info, path=str(target))
 
@@ -211,9 +213,10 @@ def _find(context: Context, name: str) -> ModelInfo | None:
         info = msgspec.json.decode((folder / "model.json").read_bytes(), type=ModelInfo)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise PoolError(
-            f"{folder / 'model.json'} can't be read: {error}",
+            f"{folder / 'model.json'} can't be read: {why}",
             next_step=f"Remove it with `llorch-pool model remove --force {name}` and download it again.",
             code="damaged",
         ) from error
@@ -221,8 +224,17 @@ def _find(context: Context, name: str) -> ModelInfo | None:
 
 
 def list_models(context: Context) -> list[ModelInfo]:
-    """Every whole model here, by name."""
+    """Every whole model here, by name; a damaged one is left out with a warning."""
+    found, damaged = scan(context)
+    for error in damaged.values():
+        context.log(error.message, "warning")
+    return found
+
+
+def scan(context: Context) -> tuple[list[ModelInfo], dict[str, PoolError]]:
+    """Every whole model here, and what is wrong with each that can't be read; by name."""
     found: list[ModelInfo] = []
+    damaged: dict[str, PoolError] = {}
     if context.paths.models.is_dir():
         for folder in sorted(context.paths.models.iterdir()):
             if folder.name.startswith("."):
@@ -230,11 +242,11 @@ def list_models(context: Context) -> list[ModelInfo]:
             try:
                 info = _find(context, folder.name)
             except PoolError as error:
-                context.log(error.message, "warning")
+                damaged[folder.name] = error
                 continue
             if info is not None:
                 found.append(info)
-    return found
+    return found, damaged
 
 
 def show(context: Context, name: str) -> ModelInfo:
@@ -310,7 +322,7 @@ def remove(context: Context, name: str, *, force: bool) -> ModelInfo:
     check_name(name, "model", "the model")
     with _name_locked(context, name):
         folder = context.paths.models / name
-        if force and folder.is_dir():
+        if force and (folder.is_dir() or folder.is_symlink()):
             info = ModelInfo(
                 name=name, ref="", revision="", digest="", bytes=0, format="", architecture="", context_length=0
             )
@@ -328,10 +340,10 @@ def remove(context: Context, name: str, *, force: bool) -> ModelInfo:
                 code="in_use",
             )
         going = context.paths.partial / f"{name}.old"
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
-        shutil.rmtree(going)
-        shutil.rmtree(context.paths.partial / name, ignore_errors=True)
+        remove_tree(going)
+        folder.rename(going)  # a model is there whole or not at all; of a symbolic link, only the link goes
+        remove_tree(going)
+        remove_tree(context.paths.partial / name)
         (context.paths.partial / f"{name}.source").unlink(missing_ok=True)
     return info
 

@@ -99,9 +99,10 @@ class Registry:
             raise usage_error(
                 f"no worker {worker_id!r} on this machine (there is: {known})", "`llorch-pool worker list` shows them."
             ) from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
             raise PoolError(
-                f"the entry {path} can't be read: {error}",
+                f"the entry {path} can't be read: {why}",
                 next_step="`llorch-pool worker cleanup` removes damaged entries.",
             ) from error
 
@@ -122,7 +123,7 @@ class Registry:
         """Every readable entry, oldest first."""
         records: list[WorkerRecord] = []
         for path in self._entries():
-            with contextlib.suppress(msgspec.MsgspecError, FileNotFoundError):
+            with contextlib.suppress(msgspec.MsgspecError, OSError):
                 records.append(msgspec.json.decode(path.read_bytes(), type=WorkerRecord))
         return sorted(records, key=lambda record: (record.started_at_ms, record.worker_id))
 
@@ -132,10 +133,10 @@ class Registry:
         for path in self._entries():
             try:
                 msgspec.json.decode(path.read_bytes(), type=WorkerRecord)
-            except msgspec.MsgspecError:
-                bad.append(path)
             except FileNotFoundError:
                 continue
+            except (msgspec.MsgspecError, OSError):
+                bad.append(path)
         return bad
 
     def _entries(self) -> list[Path]:
@@ -153,7 +154,8 @@ class Registry:
         """Only one command at a time changes a worker."""
         make_private(self.folder)
         waiting = f"another command works on {worker_id}; waiting for it"
-        with locked(self.file(worker_id, "lock"), context, what=f"worker {worker_id}", waiting=waiting):
+        lock, entry = self.file(worker_id, "lock"), self.file(worker_id, "json")
+        with locked(lock, context, what=f"worker {worker_id}", waiting=waiting, keep=entry.exists):
             yield
 
     @contextlib.contextmanager
@@ -172,5 +174,5 @@ class Registry:
         """What `write_secrets` stored, empty if nothing was."""
         try:
             return msgspec.json.decode(self.file(worker_id, "env").read_bytes(), type=dict[str, str])
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError):
             return {}

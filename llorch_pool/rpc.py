@@ -22,7 +22,7 @@ from typing import BinaryIO
 import msgspec
 
 from llorch_pool.context import Context
-from llorch_pool.errors import PoolError
+from llorch_pool.errors import PoolError, refused_by_the_system
 from llorch_wire import pool as wire
 
 HARD_EXIT_S = 1.5
@@ -131,6 +131,9 @@ def run(request: wire.Request, output: Output) -> tuple[int, wire.End]:
         return wire.RC_OK, wire.End(rc=wire.RC_OK)
     except PoolError as error:
         return error.rc, wire.End(rc=error.rc, failure=error.failure())
+    except OSError as error:
+        refused = refused_by_the_system(error)
+        return refused.rc, wire.End(rc=refused.rc, failure=refused.failure())
     except Exception as error:  # whatever it is, the caller gets an end line
         import traceback
 

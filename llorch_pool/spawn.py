@@ -10,6 +10,7 @@ wait early (failure, Ctrl-C, deadline) also ends the half-started worker and rem
 from __future__ import annotations
 
 import ipaddress
+import math
 import platform
 import re
 import secrets
@@ -62,7 +63,9 @@ def checked(request: WorkerSpawn) -> WorkerSpawn:
         raise usage_error(f"no engine {request.engine!r}", "--engine takes: torch.")
     if request.slots is not None and not 1 <= request.slots <= 65536:
         raise usage_error(f"--slots {request.slots} is not between 1 and 65536", "Give a number of tasks at once.")
-    if request.idle_timeout_s is not None and request.idle_timeout_s <= 0:
+    if not 1 <= request.ready_timeout_s < math.inf:
+        raise usage_error(f"--ready-timeout {request.ready_timeout_s:g} is not 1 or more", "Give seconds.")
+    if request.idle_timeout_s is not None and not 0 < request.idle_timeout_s < math.inf:
         raise usage_error("--idle-timeout must be above 0", "Give seconds, or leave it out to stay for good.")
     if not 0 <= request.port <= 65535:
         raise usage_error(f"--port {request.port} is not a port", "Leave it out: a free one is taken.")

@@ -30,6 +30,12 @@ def run(tmp_path: Path, *arguments: str, **environ: str) -> subprocess.Completed
         ("worker stop x", "no worker 'x' on this machine", "llorch-pool worker list"),
         ("model show x", "no model 'x' on this machine", "llorch-pool model download REF"),
         ("model download x", "'x' is not a model reference", "hf:org/name"),
+        ("worker stop x --grace nan", "'--grace'", "--help"),
+        ("worker stop x --grace -1", "'--grace'", "--help"),
+        ("worker spawn demo --idle-timeout inf", "'--idle-timeout'", "--help"),
+        ("worker spawn demo --ready-timeout nan", "'--ready-timeout'", "--help"),
+        ("worker spawn demo --ready-timeout 0", "'--ready-timeout'", "--help"),
+        ("model verify x --timeout nan", "'--timeout'", "--help"),
         ("worker spawn demo --slots 0", "--slots 0 is not between 1 and 65536", "number"),
     ],
 )
@@ -68,3 +74,29 @@ def test_status_is_json_in_a_pipe_and_a_screen_for_people(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "gpu1: llorch-pool 0.1.0" in shown and "70.0 GiB" in shown and "models: none" in shown
     assert "strays:" in shown and "DeviceInfo" not in shown
+
+
+def test_what_the_system_refuses_is_no_fault_of_ours(tmp_path: Path) -> None:
+    """The state folder's place is taken by a file."""
+    (tmp_path / "taken").write_text("")
+    done = run(tmp_path, "worker", "cleanup", XDG_STATE_HOME=str(tmp_path / "taken"))
+    assert done.returncode == 0
+    done = run(tmp_path, "model", "download", "demo", LLORCH_MODELS=str(tmp_path / "taken" / "models"))
+    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert first == f"error: {tmp_path}/taken/models: Not a directory" and "move the file away" in last
+
+
+def test_a_reader_that_leaves_is_no_failure_to_report(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "XDG_DATA_HOME": "", "XDG_STATE_HOME": "", "LLORCH_MODELS": ""}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "llorch_pool", "device", "list", "--json"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **home},
+        timeout=60,
+    )
+    os.close(write)
+    assert done.stderr == b"" and done.returncode == 1

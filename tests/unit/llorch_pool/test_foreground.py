@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llorch_pool import ending, foreground, lifecycle, process
+from llorch_pool import foreground, leftovers, lifecycle, process
 from llorch_pool.context import Context
 from llorch_pool.dispatch import execute
 from llorch_pool.errors import PoolError
@@ -238,7 +238,7 @@ def test_cleanup_removes_dead_ones_and_leaves_live_ones(start: Start, registry: 
     dead, live = start("up-1-1"), start("up-1-2")
     dead.said(), live.said()
     dead.kill()
-    report = ending.cleanup(context, registry, dry_run=False)
+    report = leftovers.cleanup(context, registry, dry_run=False)
     assert (report.entries, report.strays) == (["up-1-1"], [])
     assert [record.worker_id for record in registry.all()] == ["up-1-2"]
     assert live.process.poll() is None

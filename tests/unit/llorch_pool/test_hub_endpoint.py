@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llorch_pool import models
+from llorch_pool import model_source, models
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
 from llorch_pool.hub_endpoint import endpoint, without_password
@@ -73,7 +73,7 @@ def test_a_hub_that_is_away_does_not_show_the_password(
     new_context: Callable[..., Context], events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = new_context()
-    monkeypatch.setattr(context, "wait", lambda _: None)
+    monkeypatch.setattr(model_source, "_PAUSES_S", (0.0, None))
     with pytest.raises(PoolError, match="can't be reached") as caught:
         models.download(context, ModelDownload(ref="hf:acme/tiny", endpoint=f"http://me:{PASSWORD}@127.0.0.1:1"))
     assert "http://127.0.0.1:1/acme/tiny" in caught.value.message

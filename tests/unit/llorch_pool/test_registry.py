@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llorch_pool import ending, lifecycle, likely_cause, on_boot, paths, spawn
+from llorch_pool import leftovers, lifecycle, likely_cause, on_boot, paths, spawn
 from llorch_pool.context import Context
 from llorch_pool.errors import PoolError
 from llorch_pool.log_rotation import rotate
@@ -50,7 +50,7 @@ def test_a_damaged_entry_hides_nothing_else_and_is_cleaned_up(context: Context, 
     assert [entry.worker_id for entry in registry.all()] == ["w1"]
     with pytest.raises(PoolError, match="can't be read"):
         registry.load("bad")
-    ending.cleanup(context, registry, dry_run=False)
+    leftovers.cleanup(context, registry, dry_run=False)
     assert not registry.file("bad", "json").exists()
 
 
@@ -79,10 +79,10 @@ def test_cleanup_keeps_what_lives_and_what_comes_back(context: Context, registry
     registry.save(record("back", pid=5, start_time=1, boot_id="earlier", on_boot=True))
     registry.file("gone", "log").write_text("an old log\n")
     registry.file("gone", "env").write_text("{}")
-    planned = ending.cleanup(context, registry, dry_run=True)
+    planned = leftovers.cleanup(context, registry, dry_run=True)
     assert planned.entries == ["dead"] and set(planned.files) == {"gone.log", "gone.env"}
     assert registry.file("gone", "log").exists()
-    ending.cleanup(context, registry, dry_run=False)
+    leftovers.cleanup(context, registry, dry_run=False)
     assert [entry.worker_id for entry in registry.all()] == ["back"] and not registry.file("gone", "log").exists()
 
 
@@ -147,6 +147,10 @@ def test_the_likely_cause_of_a_failed_start(line: str, words: str) -> None:
     [
         ({"slots": 0}, "--slots"),
         ({"idle_timeout_s": 0}, "--idle-timeout"),
+        ({"idle_timeout_s": float("nan")}, "--idle-timeout"),
+        ({"idle_timeout_s": float("inf")}, "--idle-timeout"),
+        ({"ready_timeout_s": float("nan")}, "--ready-timeout"),
+        ({"ready_timeout_s": 0.0}, "--ready-timeout"),
         ({"engine": "magic"}, "no engine"),
         ({"port": 70000}, "--port"),
         ({"worker_key": "short"}, "worker key"),

@@ -165,3 +165,16 @@ def test_environment_is_not_needed(rpc: Rpc) -> None:
     rpc.send(line(wire.Status()))
     status = rpc.until_end()[1]["value"]
     assert status["version"] == wire.VERSION and status["devices"][-1]["device"] == "cpu"
+
+
+def test_what_the_system_refuses_is_told_with_its_path(
+    environ: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "taken").write_text("")
+    environ["LLORCH_MODELS"] = str(tmp_path / "taken" / "models")
+    rpc: Rpc = request.getfixturevalue("rpc")
+    rpc.send(line(wire.ModelDownload(ref="demo")))
+    end = rpc.until_end()[-1]
+    assert end["rc"] == wire.RC_FAILED
+    assert end["failure"]["message"] == f"{tmp_path}/taken/models: Not a directory"
+    assert "move the file away" in end["failure"]["next_step"] and "report" not in end["failure"]["next_step"]
