@@ -19,7 +19,7 @@ from llorch.config import Settings
 from llorch.errors import CliError, ExitCode, UsageProblem
 from llorch.follow import Follower, Received, Retry
 from llorch.http import Api, connect, rows, segment
-from llorch.options import UrlOption
+from llorch.options import UrlOption, finite
 from llorch.output import clean, duration, say
 from llorch_wire.events import EndEvent, ErrorEvent, MigratedEvent, QueuedEvent, StartedEvent, TokenEvent
 
@@ -34,15 +34,24 @@ def run(
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the bare prompt instead of a chat message.")] = False,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling, above 0 and up to 1.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, max=2, callback=finite, help="0 is greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", callback=finite, help="Nucleus sampling, above 0 and up to 1.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given up to 8 times.")] = None,
     priority: Annotated[str | None, typer.Option("--priority", help="interactive (default) or batch.")] = None,
     session: Annotated[str | None, typer.Option("--session", help="Tasks of a session prefer one worker.")] = None,
     timeout: Annotated[
         float | None,
-        typer.Option("--timeout", min=0, help="Seconds to go on trying while orchestratord can't be reached [600]."),
+        typer.Option(
+            "--timeout",
+            min=0,
+            callback=finite,
+            help="Seconds to go on trying while orchestratord can't be reached [600].",
+        ),
     ] = None,
     url: UrlOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the raw events, one JSON object a line.")] = False,

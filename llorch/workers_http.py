@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llorch.errors import ApiFailure, CliError
+from llorch.errors import ApiFailure, CliError, UsageProblem
 from llorch.http import Api, connect, rows, segment
-from llorch.options import UrlOption
+from llorch.options import UrlOption, finite
 from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit, say, size
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Workers.")
@@ -25,6 +25,9 @@ COLUMNS = (
     Column("VRAM", "vram_used_bytes", size, right=True),
     Column("URL", "url"),
 )
+
+STATES = ("draining", "failed", "lost", "ready")
+"""What orchestratord says of a worker (`state` in docs/api.md)."""
 
 WorkerIds = Annotated[list[str], typer.Argument(metavar="WORKER...", help="Worker ids, as `llorch worker list` shows.")]
 
@@ -44,13 +47,17 @@ def list_workers(
 ) -> None:
     """List the workers that orchestratord knows."""
     form = chosen(output, as_json)
+    if state is not None and state not in STATES:
+        raise UsageProblem(f"no state {state!r} at orchestratord", next_step=f"one of: {', '.join(STATES)}")
     emit([row for row in workers(connect(url)) if state in (None, row.get("state"))], COLUMNS, form)
 
 
 @app.command("drain")
 def drain(
     worker: WorkerIds,
-    deadline: Annotated[float, typer.Option("--deadline", min=0, help="Seconds for running tasks to end.")] = 30.0,
+    deadline: Annotated[
+        float, typer.Option("--deadline", min=0, callback=finite, help="Seconds for running tasks to end.")
+    ] = 30.0,
     url: UrlOption = None,
 ) -> None:
     """Give workers no new tasks, until `undrain`.
@@ -67,11 +74,22 @@ def undrain(worker: WorkerIds, url: UrlOption = None) -> None:
     _each(worker, connect(url), "undrain", {}, "takes tasks again")
 
 
+def _lost(worker_id: str, verb: str) -> CliError:
+    """A worker that orchestratord doesn't reach: what was asked for holds, but nothing comes of it now."""
+    later = "takes tasks again" if verb == "undrain" else "gets no new tasks"
+    return CliError(
+        f"{worker_id} is lost: orchestratord does not reach it, so no task goes there; it {later} once it is back",
+        next_step="llorch doctor    (says why, and forgets one that is gone)",
+    )
+
+
 def _each(worker_ids: list[str], api: Api, verb: str, body: dict[str, Any], done: str) -> None:
     failures: list[CliError] = []
     for worker_id in dict.fromkeys(worker_ids):
         try:
-            api.post(f"/v2/workers/{segment(worker_id)}/{verb}", body)
+            answered = api.post(f"/v2/workers/{segment(worker_id)}/{verb}", body)
+            if isinstance(answered, dict) and answered.get("state") == "lost":
+                raise _lost(worker_id, verb)
         except CliError as error:
             if isinstance(error, ApiFailure) and error.status == 404:
                 error.message, error.next_step = f"no worker {worker_id!r} is registered", "llorch worker list"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from llorch.errors import UsageProblem
+from llorch.fleet.owners import owners_of, pools_with_log
 from llorch.fleet.targets import (
     AllOption,
     Asked,
@@ -20,15 +20,16 @@ from llorch.fleet.targets import (
     open_registry,
     show,
 )
-from llorch.options import UrlOption
-from llorch.output import Column, JsonOption, OutputOption, chosen, size
+from llorch.options import UrlOption, finite
+from llorch.output import Column, JsonOption, OutputOption, chosen, say, size
 from llorch_wire import pool as wire
 
 if TYPE_CHECKING:
     import threading
 
+    from llorch.fleet.fanout import Outcome
     from llorch.fleet.live import Live
-    from llorch.fleet.pools import Pool, Pools
+    from llorch.fleet.pools import Pool
 
 worker_app = app("Workers on pools.")
 
@@ -68,7 +69,10 @@ CLEANUP_COLUMNS = (
 )
 WorkerIds = Annotated[list[str], typer.Argument(metavar="WORKER...", help="Worker ids, as `llorch worker list` shows.")]
 StopForce = Annotated[bool, typer.Option("--force", help="Also what a `llorch up` there would start again.")]
-Grace = Annotated[float, typer.Option("--grace", min=0, max=3600, help="Seconds to finish what runs; 0: at once.")]
+Grace = Annotated[
+    float,
+    typer.Option("--grace", min=0, max=3600, callback=finite, help="Seconds to finish what runs; 0: at once."),
+]
 
 
 @worker_app.command("spawn")
@@ -88,7 +92,7 @@ def spawn(  # one parameter for each option
     engine: Annotated[str, typer.Option("--engine", help="The engine.")] = "torch",
     slots: Annotated[int | None, typer.Option("--slots", min=1, help="Tasks at once.")] = None,
     idle_timeout: Annotated[
-        float | None, typer.Option("--idle-timeout", help="End after this many seconds without work.")
+        float | None, typer.Option("--idle-timeout", callback=finite, help="End after this many seconds without work.")
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address that it binds on the pool.")] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port that it binds; 0: a free one.")] = 0,
@@ -96,7 +100,9 @@ def spawn(  # one parameter for each option
         str | None, typer.Option("--advertise-url", help="URL at which orchestratord reaches it.")
     ] = None,
     on_boot: Annotated[bool, typer.Option("--on-boot", help="Bring it back after a reboot.")] = False,
-    ready_timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds until it must be ready.")] = 600.0,
+    ready_timeout: Annotated[
+        float, typer.Option("--ready-timeout", min=1, callback=finite, help="Seconds until it must be ready.")
+    ] = 600.0,
     force: Annotated[bool, typer.Option("--force", help="Start it even if it does not seem to fit.")] = False,
     dry_run: DryRun = False,
     timeout: Annotated[float, TimeoutOption()] = 24 * 3600.0,
@@ -196,35 +202,13 @@ def stop(
     """Stop workers: drain, then terminate, then kill. Without -p every pool is asked whether it has them."""
     form = chosen(output, as_json)
     registry = open_registry()
-    owners = _owners(registry, workers, pool or [], everywhere or not pool)
+    owners = owners_of(registry, workers, pool or [], everywhere or not pool)
     pools = [registry.get(name) for name in owners]
 
     def command(item: Pool) -> wire.WorkerStop:
         return wire.WorkerStop(worker_ids=owners[item.name], grace_s=grace, force=force)
 
     show(ask(pools, registry, command, timeout_s=grace + 60), STOP_COLUMNS, form)
-
-
-def _owners(registry: Pools, workers: Sequence[str], names: list[str], everywhere: bool) -> dict[str, list[str]]:
-    """Which pool has which of the workers. Raises UsageProblem for one that nobody has."""
-    pools = registry.chosen(names, everywhere and not names)
-    if len(pools) == 1:
-        return {pools[0].name: list(dict.fromkeys(workers))}
-    outcomes = ask(pools, registry, wire.WorkerList(), timeout_s=30.0, quiet=True)
-    owners: dict[str, list[str]] = {}
-    lost = dict.fromkeys(workers)
-    for outcome in outcomes:
-        found: list[Any] = outcome.value or []
-        here = [info.worker_id for info in found if info.worker_id in workers]
-        if here:
-            owners[outcome.pool.name] = here
-        for worker_id in here:
-            lost.pop(worker_id, None)
-    if lost:
-        silent = [outcome.pool.name for outcome in outcomes if not outcome.ok]
-        asked = f"; {', '.join(silent)} could not be asked" if silent else ""
-        raise UsageProblem(f"no pool has {', '.join(lost)}{asked}", next_step="llorch worker list --all")
-    return owners
 
 
 @worker_app.command("stop-all")
@@ -255,7 +239,7 @@ def logs(
     from llorch.output import clean
 
     registry = open_registry()
-    owners = _owners(registry, [worker], pool or [], not pool)
+    owners = pools_with_log(registry, worker, pool or [])
     command = wire.WorkerLogs(worker_id=worker, lines=lines, follow=follow)
 
     def line(event: wire.Progress | wire.Log) -> None:
@@ -268,7 +252,13 @@ def logs(
     def follow_one(item: Pool, _: Live, cancel: threading.Event) -> None:
         ssh.call(item, registry, command, timeout_s=timeout_s, on_event=line, cancel=cancel, head_start=started)
 
-    settle(run([registry.get(name) for name in owners], follow_one, quiet=True))
+    # Followed side by side; otherwise one after the other, so that two pools' lines stay apart.
+    outcomes: list[Outcome[None]] = []
+    for some in [owners] if follow else [[item] for item in owners]:
+        if len(owners) > 1:
+            say(f"on {', '.join(item.name for item in some)}:")
+        outcomes += run(some, follow_one, quiet=True)
+    settle(outcomes)
 
 
 @worker_app.command("cleanup")

@@ -148,6 +148,60 @@ def test_drain_and_undrain(server: Scripted, capfd: pytest.CaptureFixture[str]) 
     assert "w: takes tasks again" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("verb", "later"), [("undrain", "takes tasks again"), ("drain", "gets no new tasks")])
+def test_of_a_lost_worker_it_is_said(
+    server: Scripted, capfd: pytest.CaptureFixture[str], verb: str, later: str
+) -> None:
+    server.on(f"POST /v2/workers/w/{verb}", as_json({"worker_id": "w", "state": "lost"}))
+    server.on(f"POST /v2/workers/ok/{verb}", as_json({"worker_id": "ok", "state": "ready"}))
+    assert cli.main(["worker", verb, "w", "--url", server.url]) == 1
+    err = capfd.readouterr().err
+    assert "w is lost" in err and f"it {later} once it is back" in err and "next:  llorch doctor" in err
+    assert cli.main(["worker", verb, "ok", "w", "--url", server.url]) == 3
+
+
+def test_a_state_that_no_worker_has_is_refused(server: Scripted, capfd: pytest.CaptureFixture[str]) -> None:
+    server.on("GET /v2/workers", as_json({"workers": [{"worker_id": "w", "state": "lost"}]}))
+    assert cli.main(["worker", "list", "--state", "bogus", "--url", server.url]) == 2
+    assert "next:  one of: draining, failed, lost, ready" in capfd.readouterr().err
+    assert cli.main(["worker", "list", "--state", "lost", "-o", "name", "--url", server.url]) == 0
+    assert capfd.readouterr().out == "w\n"
+
+
+def test_the_states_are_those_of_orchestratord() -> None:
+    from typing import get_args, get_type_hints
+
+    from llorch.workers_http import STATES
+    from orchestratord.store.types import WorkerView
+
+    assert sorted(get_args(get_type_hints(WorkerView)["state"])) == list(STATES)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run x --temperature",
+        "run x --top-p",
+        "run x --timeout",
+        "worker drain w --deadline",
+        "worker stop w --grace",
+        "worker spawn demo --idle-timeout",
+        "worker spawn demo --ready-timeout",
+    ],
+)
+def test_nan_and_inf_are_no_numbers(capfd: pytest.CaptureFixture[str], command: str, value: str) -> None:
+    assert cli.main([*command.split(), value]) == 2
+    err = capfd.readouterr().err
+    assert command.split()[-1] in err, err
+
+
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_a_worker_has_some_time_to_become_ready(capfd: pytest.CaptureFixture[str], value: str) -> None:
+    assert cli.main(["worker", "spawn", "demo", "--ready-timeout", value]) == 2
+    assert "--ready-timeout" in capfd.readouterr().err
+
+
 def test_the_feed_reconnects_after_its_cursor(server: Scripted) -> None:
     def event(number: int) -> bytes:
         return frame("lost", json.dumps({"kind": "lost", "subject": f"w{number}", "text": "x"}).encode(), f"{number}-0")
