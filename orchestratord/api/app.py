@@ -38,9 +38,10 @@ def create_app(orchestrator: Orchestrator, settings: Settings, metrics: Metrics)
         telemetry={"logs": False},  # its records would carry exception messages, which may quote a prompt
     )
     app.state.services = Services(orchestrator, settings, Keyring(settings), metrics)
-    for router in (tasks.router, workers.router, openai_routes.router, meta.router, pages.router):
+    routers = (tasks.router, workers.router, openai_routes.router, meta.router, pages.router)
+    for router in routers:
         app.include_router(router)
-    errors.install(app)
+    errors.install(app, [*app.routes, *(route for router in routers for route in router.routes)])
     app.add_middleware(RequestContext, answer=_answer, max_active=settings.max_connections)
     # FastAPI documents replacing the method as the way to a schema of one's own.
     app.openapi = lambda: _openapi(app)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.events import ErrorEvent
@@ -126,8 +128,8 @@ def speaks_openai(path: str) -> bool:
     return path == "/v1" or path.startswith("/v1/")
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception that a route raises in the shapes above."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Answer every exception that a route raises in the shapes above. `routes`: every one, for `Allow`."""
 
     async def on_api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -135,7 +137,7 @@ def install(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(_from_http(request, error), openai=speaks_openai(request.scope["path"]))
+        return error_response(_from_http(request, error, routes), openai=speaks_openai(request.scope["path"]))
 
     async def on_client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; the log line shows it
@@ -145,14 +147,23 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
 
 
-def _from_http(request: Request, error: HTTPException) -> ApiError:
+def _from_http(request: Request, error: HTTPException, routes: Sequence[BaseRoute]) -> ApiError:
     if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow")
+        allow = _allowed(request, routes)
         hint = f"; it takes {allow}" if allow else ""
         return UnknownRouteError(ErrorCode.METHOD_NOT_ALLOWED, f"{request.method} is not for this path{hint}", allow)
     if error.status_code == 404:
         return UnknownRouteError(ErrorCode.NOT_FOUND, "no such path; GET /docs lists the ones there are")
     return ApiError(ErrorCode.INTERNAL, "unexpected failure; the log has it under this correlation id")
+
+
+def _allowed(request: Request, routes: Sequence[BaseRoute]) -> str:
+    """Every method that this path takes; the framework's own answer knows those of one route only."""
+    methods: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _retry_after_ms(error: ApiError) -> int | None:

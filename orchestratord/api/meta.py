@@ -29,12 +29,14 @@ def package_version() -> str:
         return "0+source"
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", **schemas.HEALTH)
 async def health(request: Request) -> Response:
     """The process lives; `status` is starting, ready or draining."""
     return json_response({"status": services(request).orchestrator.state, "version": package_version()})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", **schemas.READY)
 async def ready(request: Request) -> Response:
     """200 when requests should come here, else 503 with the reason."""

@@ -31,18 +31,21 @@ _ASSETS = {
 }
 
 
+@router.head("/", response_model=None)
 @router.get("/", response_model=None)
 async def dashboard(request: Request) -> Response:
     """The dashboard. The page is public; what it shows needs the key that is typed into it."""
     return _file("index.html", "text/html; charset=utf-8")
 
 
+@router.head("/docs", response_model=None)
 @router.get("/docs", response_model=None)
 async def docs(request: Request) -> Response:
     """The API's reference, drawn from /openapi.json."""
     return _file("docs.html", "text/html; charset=utf-8")
 
 
+@router.head("/dashboard/{name}", response_model=None)
 @router.get("/dashboard/{name}", response_model=None)
 async def asset(request: Request) -> Response:
     """A script or a style sheet of these pages."""

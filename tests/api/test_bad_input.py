@@ -204,3 +204,36 @@ async def test_a_correlation_id_is_taken_or_made(server: str, http: aiohttp.Clie
         async with http.get(f"{server}/health", headers={"X-Correlation-Id": bad}) as reply:
             made = reply.headers["X-Correlation-Id"]
             assert made != bad and len(made) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v2/tasks", {"GET", "POST"}),
+        ("PATCH", "/v2/tasks/00000000-0000-0000-0000-000000000001", {"GET", "DELETE"}),
+        ("GET", "/v2/tasks/00000000-0000-0000-0000-000000000001/cancel", {"POST"}),
+        ("PUT", "/v2/workers/w1", {"GET", "DELETE"}),
+        ("DELETE", "/health", {"GET", "HEAD"}),
+        ("POST", "/", {"GET", "HEAD"}),
+        ("HEAD", "/v2/tasks", {"GET", "POST"}),
+        ("GET", "/v1/completions", {"POST"}),
+    ],
+)
+async def test_a_405_names_every_method_of_the_path(
+    server: str, http: aiohttp.ClientSession, method: str, path: str, allowed: set[str]
+) -> None:
+    async with http.request(method, server + path) as reply:
+        assert reply.status == 405
+        assert set(reply.headers["Allow"].split(", ")) == allowed
+        if method != "HEAD":
+            assert reply.headers["Allow"] in (await reply.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/ready", "/dashboard/style.css", "/openapi.json"])
+async def test_probes_and_pages_answer_head_as_get_without_the_body(
+    server: str, http: aiohttp.ClientSession, path: str
+) -> None:
+    async with http.get(server + path) as whole, http.head(server + path) as reply:
+        assert (reply.status, await reply.read()) == (200, b"")
+        for name in ("Content-Type", "Content-Length"):
+            assert reply.headers[name] == whole.headers[name]
