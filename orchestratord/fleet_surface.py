@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+import msgspec
+
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.worker import (
     AttemptRef,
@@ -101,11 +103,17 @@ class FleetSurface(Surface):
         return await self.worker(worker_id)
 
     async def undrain_worker(self, worker_id: str) -> WorkerView:
-        """Take a drained worker back into service. Raises ApiError NOT_FOUND."""
+        """Take a drained worker back into service. Raises ApiError NOT_FOUND.
+
+        The worker itself says `draining` until its next heartbeat brings it the news; what is returned is its state
+        from then on. One that drains without an order, because it is stopping, goes on doing so.
+        """
+        ordered = (await self.worker(worker_id)).drain_deadline_at_ms is not None
         if not await self._stored(self._store.undrain_worker(worker_id)):
             raise _no_worker()
         self._house.wake_dispatcher(None)
-        return await self.worker(worker_id)
+        view = await self.worker(worker_id)
+        return msgspec.structs.replace(view, state="ready") if ordered and view.state == "draining" else view
 
     async def remove_worker(self, worker_id: str) -> None:
         """Forget a worker; what runs there moves. Raises ApiError NOT_FOUND."""
@@ -116,9 +124,10 @@ class FleetSurface(Surface):
             self._recovery.move(task)
 
     async def fleet(self, after: str | None = None) -> AsyncGenerator[list[FleetEvent]]:
-        """What happens in the fleet, after a position (None: from now on). Yields [] after at most 10 s of silence."""
+        """What happens in the fleet, after a position (None: from now on). Yields what there is, maybe [], as soon as
+        Redis has been reached, then [] after at most 10 s of silence."""
         cursor = await self._fleet_end() if after is None else after
-        told_at = asyncio.get_running_loop().time()
+        told_at = float("-inf")
         while self._state != "draining":
             self._fleet_news.clear()
             events = await self._stored(self._store.read_fleet(after=cursor))

@@ -91,7 +91,7 @@ async def drain_worker(request: Request) -> Response:
 
 @router.post("/v2/workers/{worker_id}/undrain", **schemas.UNDRAIN_WORKER)
 async def undrain_worker(request: Request) -> Response:
-    """Take a drained worker back into service."""
+    """Take a drained worker back into service; answers the state that it has from its next heartbeat on."""
     s = services(request)
     s.keyring.operator(request)
     return json_response(worker_json(await s.orchestrator.undrain_worker(_path_worker_id(request))))
@@ -122,13 +122,16 @@ async def fleet_events(request: Request) -> Response:
     s.keyring.operator(request)
     only_parameters(request, "after")
     after = cursor_of(request)
+    feed = s.orchestrator.fleet(after)
+    first = await anext(feed, [])  # while there is no Redis this raises, and the client gets a status
 
     async def frames(_group: asyncio.TaskGroup) -> AsyncGenerator[bytes, None]:
-        feed = s.orchestrator.fleet(after)
         async with contextlib.aclosing(feed):
+            if first:
+                yield _fleet_frames(first)
             async for events in feed:
                 if events:
-                    yield b"".join([_fleet_frame(event) for event in events])
+                    yield _fleet_frames(events)
 
     return EventStream(frames, s.settings, first_within_s=0.1)
 
@@ -145,6 +148,10 @@ def _pool_json(pool: PoolView) -> dict[str, Any]:
         **cast("dict[str, Any]", msgspec.to_builtins(pool)),
         "slots_free": max(0, pool.slots_total - pool.slots_used),
     }
+
+
+def _fleet_frames(events: list[FleetEvent]) -> bytes:
+    return b"".join([_fleet_frame(event) for event in events])
 
 
 def _fleet_frame(event: FleetEvent) -> bytes:

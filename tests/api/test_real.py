@@ -21,6 +21,7 @@ from orchestratord.app import create_app
 from orchestratord.metrics import Metrics
 from orchestratord.runtime import Orchestrator, RuntimeSettings
 from orchestratord.settings import Settings
+from orchestratord.store.keys import key
 from orchestratord.store.store import Store
 from tests.api.harness import DEADLINE_S, until
 from tests.api.test_bad_input import BODIES
@@ -287,6 +288,55 @@ async def test_redis_away_is_a_503_and_comes_back(
             await asyncio.sleep(0.1)
     async with http.get(daemon + task["events_url"]) as reply:
         assert [frame.event async for frame in frames_of(reply)][-1] == "end"
+
+
+async def test_a_stream_that_cannot_begin_without_redis_is_a_503(
+    daemon: str, worker: ScriptedWorker, http: aiohttp.ClientSession, redis: RedisProcess
+) -> None:
+    """It was a 200 with keep-alives that closed after some seconds without a word."""
+    task = await post(http, daemon)
+    async with http.get(daemon + task["events_url"]) as reply:
+        whole = [frame async for frame in frames_of(reply)]
+    last = {"Last-Event-ID": str(whole[-2].id)}
+    redis.pause()
+    try:
+        for path in (task["events_url"], f"{task['events_url']}?after=0-1", "/v2/fleet/events?after=0-0",
+                     "/v2/fleet/events"):  # fmt: skip
+            async with http.get(daemon + path) as reply:
+                error = (await reply.json())["error"]
+                assert (reply.status, error["code"]) == (503, "STORE_UNAVAILABLE"), path
+                assert reply.headers["Retry-After"]
+    finally:
+        redis.resume()
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            async with http.get(daemon + task["events_url"], headers=last) as reply:
+                if reply.status == 200:
+                    assert [frame async for frame in frames_of(reply)] == whole[-1:]
+                    break
+            await asyncio.sleep(0.1)
+
+
+async def test_undraining_answers_the_state_to_come(
+    daemon: str, worker: ScriptedWorker, http: aiohttp.ClientSession, redis: RedisProcess
+) -> None:
+    async def state() -> str:
+        async with http.get(f"{daemon}/v2/workers/w1") as reply:
+            return (await reply.json())["state"]
+
+    async with http.post(f"{daemon}/v2/workers/w1/drain", json={"deadline_ms": 1000}) as reply:
+        assert reply.status == 200
+    client = Redis.from_url(redis.url)
+    async with asyncio.timeout(DEADLINE_S):  # until the worker itself says so: from its next heartbeat but one
+        while await client.hget(key("worker", "w1"), "status") != b"draining":
+            await asyncio.sleep(0.02)
+    await client.aclose()
+    async with http.post(f"{daemon}/v2/workers/w1/undrain") as reply:
+        view = await reply.json()
+        assert (view["state"], view["drain_deadline_at_ms"]) == ("ready", None)
+    async with asyncio.timeout(DEADLINE_S):
+        while await state() != "ready":
+            await asyncio.sleep(0.02)
 
 
 async def test_workers_pools_and_the_feed(daemon: str, worker: ScriptedWorker, http: aiohttp.ClientSession) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -85,6 +86,16 @@ class RedisProcess:
             self._process.wait(10)
             self._process = None
             (self.folder / "r.sock").unlink(missing_ok=True)
+
+    def pause(self) -> None:
+        """SIGSTOP: it takes connections and answers none."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
 
 
 @dataclass
