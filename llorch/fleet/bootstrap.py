@@ -49,7 +49,7 @@ def bootstrap_pools(
 
     def look(pool: Pool, live: Live, cancel: threading.Event) -> Plan:
         live.set(pool.name, "looking", phase="looking")
-        return plan(pool, probe_pool(registry, pool, cancel), options)
+        return plan(pool, probe_pool(registry, pool, cancel, options.python), options)
 
     planned = fanout.run(pools, look)
     plans = {outcome.pool.name: outcome.value for outcome in planned if outcome.value is not None}
@@ -80,12 +80,21 @@ class _Row(msgspec.Struct, kw_only=True):
     command: str = ""
 
 
-def probe_pool(registry: Pools, pool: Pool, cancel: threading.Event) -> Probe:
-    """Ask a machine what it is. Raises CliError."""
+def probe_pool(registry: Pools, pool: Pool, cancel: threading.Event, python: str = "") -> Probe:
+    """Ask a machine what it is, and what the Python at the path `python` is there. Raises CliError."""
     lines: list[str] = []
-    status, stderr = ssh.run_script(
-        pool, registry, remote_scripts.PROBE, timeout_s=PROBE_S, on_line=lines.append, cancel=cancel
-    )
+    with tempfile.NamedTemporaryFile(prefix="llorch-probe-") as wanted:
+        wanted.write(python.encode() + b"\n")
+        wanted.flush()
+        status, stderr = ssh.run_script(
+            pool,
+            registry,
+            remote_scripts.PROBE,
+            Path(wanted.name),
+            timeout_s=PROBE_S,
+            on_line=lines.append,
+            cancel=cancel,
+        )
     try:
         return parse_probe(lines)
     except ValueError:

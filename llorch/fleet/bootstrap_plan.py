@@ -64,6 +64,11 @@ class Options:
         index = torch_index or TORCH_INDEX
         if not re.fullmatch(r"https?://[^\s\"']+", index):
             raise UsageProblem("--torch-index must be a http(s) URL", next_step="leave it out for the default")
+        if python and (not re.match(r"/|[A-Za-z0-9_][^/]*$", python) or not python.isprintable()):
+            raise UsageProblem(
+                f"--python {python!r} is neither a path from / on nor a program's name",
+                next_step="give --python /usr/bin/python3.12, say, as it is on the pool",
+            )
         return cls(source, extras.replace("none", ""), torch, index.rstrip("/"), folder, system_packages, python)
 
 
@@ -78,6 +83,10 @@ class Probe:
     free_bytes: int
     pythons: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """(version, path), the best first."""
+    wanted: tuple[str, str] = ("", "")
+    """(version, path) of the Python that --python names."""
+    wanted_problem: str = ""
+    """Why that one can't be used."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ def parse_probe(lines: Sequence[str]) -> Probe:
     if "end" not in values:
         raise ValueError("the probe did not come to its end")
     free = values.get("free_kib", "")
+    wanted = values.get("wanted", "").partition(" ")
     return Probe(
         system=values.get("system", ""),
         machine=values.get("machine", ""),
@@ -117,6 +127,8 @@ def parse_probe(lines: Sequence[str]) -> Probe:
         driver=values.get("driver", ""),
         free_bytes=int(free) * 1024 if free.isdigit() else 0,
         pythons=pythons,
+        wanted=(wanted[0], wanted[2]),
+        wanted_problem=values.get("wanted_problem", ""),
     )
 
 
@@ -127,7 +139,7 @@ def plan(pool: Pool, probe: Probe, options: Options) -> Plan:
             f"{pool.name}: {probe.system or 'unknown system'} on {probe.machine or 'unknown machine'} is not supported",
             next_step="pools are Linux machines, x86_64 or aarch64",
         )
-    version, path = _python(probe, options)
+    version, path = _python(pool, probe, options)
     build = _torch_build(pool, probe, options)
     carried = options.source == "carry" or (options.source == "auto" and options.wheels is not None)
     brought = f"Python 3.12, about 30 MiB, {'carried over' if carried else 'brought by uv'}: there is none from 3.11 on"
@@ -159,16 +171,24 @@ def plan(pool: Pool, probe: Probe, options: Options) -> Plan:
     )
 
 
-def _python(probe: Probe, options: Options) -> tuple[str, str]:
-    """(full version, path) of the Python to use; ("3.12", "") when uv has to bring one."""
-    usable = [
-        (version, path)
-        for version, path in probe.pythons
-        if OLDEST_PYTHON <= tuple(int(part) for part in version.split(".")[:2]) <= NEWEST_PYTHON
-    ]
-    if options.python:
-        return next((item for item in usable if item[1] == options.python), ("3.12", options.python))
-    return usable[0] if usable else ("3.12", "")
+def _python(pool: Pool, probe: Probe, options: Options) -> tuple[str, str]:
+    """(full version, path) of the Python to use; ("3.12", "") when uv has to bring one. Raises UsageProblem."""
+    if not options.python:
+        return next(((version, path) for version, path in probe.pythons if _is_usable(version)), ("3.12", ""))
+    version, path = probe.wanted
+    if version and not probe.wanted_problem and _is_usable(version):
+        return version, path
+    range_ = " to ".join(".".join(str(part) for part in bound) for bound in (OLDEST_PYTHON, NEWEST_PYTHON))
+    problem = probe.wanted_problem or (f"is Python {version}" if version else "is not there")
+    raise UsageProblem(
+        f"{pool.name}: --python {options.python} {problem}; it must be Python {range_}",
+        next_step="give the path of one on that machine, or leave --python out: one is found or brought",
+    )
+
+
+def _is_usable(version: str) -> bool:
+    found = re.fullmatch(r"(\d+)\.(\d+)\.\d+", version)
+    return found is not None and OLDEST_PYTHON <= (int(found[1]), int(found[2])) <= NEWEST_PYTHON
 
 
 def _torch_build(pool: Pool, probe: Probe, options: Options) -> str:

@@ -6,6 +6,7 @@ No value is ever spliced into them: what varies goes in as files of a tar archiv
 MARK = "llorch-probe:"
 
 PROBE = r"""
+IFS= read -r wanted || wanted=
 say() { printf 'llorch-probe:%s=%s\n' "$1" "$2"; }
 say system "$(uname -s)"
 say machine "$(uname -m)"
@@ -22,9 +23,25 @@ for name in python3.13 python3.12 python3.11 python3 python "$own"/cpython-3.1*/
   version=$("$found" -c 'import sys, venv; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null </dev/null) || continue
   say python "$version $found"
 done
+if [ -n "$wanted" ]; then
+  found=$(command -v "$wanted" 2>/dev/null)
+  said=$("$found" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>&1 </dev/null | tail -n 1)
+  case "$found" in
+    /*) case "$said" in
+      [0-9]*.[0-9]*.[0-9]*)
+        if "$found" -c 'import venv' >/dev/null 2>&1 </dev/null; then say wanted "$said $found"
+        else say wanted_problem "has no module venv"; fi;;
+      *) say wanted_problem "is no Python that runs there${said:+: $said}";;
+    esac;;
+    *) say wanted_problem "is not there, or may not be run";;
+  esac
+fi
 say end 1
 """
-"""What the machine is. Prints `llorch-probe:<name>=<value>` lines; anything else is a banner."""
+"""What the machine is. Prints `llorch-probe:<name>=<value>` lines; anything else is a banner.
+
+The first line on stdin may name a Python, which is tried as well.
+"""
 
 # mktemp puts random letters where the template has an X.
 STAGE = r"""

@@ -147,6 +147,15 @@ def test_the_build_of_torch_follows_the_driver(
     assert f"torch ({build}: driver {driver})" in planned.stderr and "3.0 GiB" in planned.stderr
 
 
+def test_the_python_that_is_asked_for_is_looked_at_there(op: Operator, new_machine: NewMachine, ground: Path) -> None:
+    add_bare(op, new_machine, "asked", {"PATH": bare_path(ground / "bin-asked", python3=sys.executable)})
+    dry_run = ("pool", "bootstrap", "asked", "--dry-run", "--json", "--python")
+    planned = op.llorch(*dry_run, sys.executable)
+    assert json.loads(planned.stdout)[0]["python"] == ".".join(str(part) for part in sys.version_info[:3])
+    refused = op.llorch(*dry_run, "/no/such/python", check=2)
+    assert "asked: --python /no/such/python is not there" in refused.stderr
+
+
 def test_a_driver_that_is_too_old_is_refused(op: Operator, new_machine: NewMachine, ground: Path) -> None:
     gpu_machine(op, new_machine, ground, "g470", "470.256.02")
     refused = op.llorch("pool", "bootstrap", "g470", "-y", check=1)

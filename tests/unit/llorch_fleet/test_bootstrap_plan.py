@@ -35,11 +35,71 @@ def probe(**changes: Any) -> Probe:
 
 
 def test_the_probe_runs_here_and_is_read_among_banners() -> None:
-    done = subprocess.run(["sh", "-c", remote_scripts.PROBE], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["sh", "-c", remote_scripts.PROBE], input="", capture_output=True, text=True, timeout=30)
     found = parse_probe(["Welcome!", "llorch-probe banner", *done.stdout.splitlines(), "bye"])
     assert found.system == "Linux" and found.pythons and found.free_bytes > 0
     with pytest.raises(ValueError, match="did not come to its end"):
         parse_probe(["llorch-probe:system=Linux"])
+
+
+def probed(python: str) -> Probe:
+    done = subprocess.run(
+        ["sh", "-c", remote_scripts.PROBE], input=f"{python}\n", capture_output=True, text=True, timeout=30
+    )
+    return parse_probe(done.stdout.splitlines())
+
+
+def test_the_python_that_was_asked_for_is_tried_on_the_machine(tmp_path: Path) -> None:
+    here = ".".join(str(part) for part in sys.version_info[:3])
+    found = plan(POOL, probed(sys.executable), options(python=sys.executable))
+    assert (found.python_version, found.python) == (here, sys.executable)
+    assert found.lines[0] == f"Python {here} at {sys.executable}"
+    spaced = tmp_path / "a b"
+    spaced.symlink_to(sys.executable)
+    assert plan(POOL, probed(str(spaced)), options(python=str(spaced))).python == str(spaced)
+    assert probed("").wanted == ("", "") and not probed("").wanted_problem
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [
+        ("/no/such/python", "is not there, or may not be run"),
+        ("no-such-python", "is not there, or may not be run"),
+        ("/bin/echo", "is no Python that runs there"),
+        ("/bin/false", "is no Python that runs there;"),
+        ("/tmp", ""),
+        ("cd", "is not there, or may not be run"),
+    ],
+)
+def test_what_is_no_python_is_refused_with_what_it_is(python: str, words: str) -> None:
+    found = probed(python)
+    assert found.pythons and found.system == "Linux"  # the rest of the probe is whole
+    with pytest.raises(UsageProblem, match="--python") as caught:
+        plan(POOL, found, options(python=python))
+    assert f"gpu1: --python {python} {words}" in caught.value.message and "3.11 to 3.13" in caught.value.message
+
+
+@pytest.mark.parametrize("version", ["3.10.14", "3.14.0", "2.7.18"])
+def test_a_python_of_another_age_is_refused_by_its_version(version: str) -> None:
+    with pytest.raises(UsageProblem, match=f"is Python {version}; it must be Python 3.11 to 3.13"):
+        plan(POOL, probe(wanted=(version, "/opt/python")), options(python="/opt/python"))
+
+
+def test_a_python_without_venv_is_refused(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text('#!/bin/sh\ncase "$2" in *venv*) exit 1;; esac\necho 3.12.1\n')
+    bare.chmod(0o755)
+    with pytest.raises(UsageProblem, match="has no module venv"):
+        plan(POOL, probed(str(bare)), options(python=str(bare)))
+
+
+@pytest.mark.parametrize("python", ["bin/python", "./python", "~/python", "-c", "/a\nb", ""])
+def test_a_path_that_means_nothing_there_is_refused_before_anybody_is_asked(python: str) -> None:
+    if not python:
+        assert options(python="").python == ""
+        return
+    with pytest.raises(UsageProblem, match="neither a path"):
+        options(python=python)
 
 
 @pytest.mark.parametrize(
