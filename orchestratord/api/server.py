@@ -148,7 +148,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         """Whether an answer is on its way: until it is complete, nothing that follows the request may cut it short,
         least of all a line end after the body, which RFC 9112 (2.2) has a server ignore."""
-        return self.cycle is not None and not self.cycle.response_complete
+        cycle: Any = self.cycle  # None before the first request, whatever its type says
+        return cycle is not None and not cycle.response_complete
 
     def _arm_head_timer(self) -> None:
         if self._head_timer is None and not self.transport.is_closing():

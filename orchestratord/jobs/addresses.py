@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import SplitResult, urlsplit
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -19,6 +19,9 @@ RESOLVE_S = 5.0
 
 # Never a receiver, although `is_global` says yes: addresses that translate to any IPv4 address behind them.
 _NAT64 = ("64:ff9b::", "64:ff9b:1::")
+# Nor these, whatever `is_global` of this Python says: old site-local addresses, which some networks still route
+# inside (RFC 3879); documentation (RFC 9637); segment routing (RFC 9602); relays of 6to4, which are gone (RFC 7526).
+_NEVER = tuple(map(ip_network, ("fec0::/10", "3fff::/20", "5f00::/16", "192.88.99.0/24")))
 
 
 class BlockedAddressError(LlorchError):
@@ -35,6 +38,8 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
             return is_public(embedded)
         if str(address).startswith(_NAT64):
             return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
+    if any(address in network for network in _NEVER):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 

@@ -12,7 +12,7 @@ from orchestratord.jobs.addresses import BlockedAddressError, check_url, is_publ
 from orchestratord.jobs.webhooks import delay_ms, delivery_id, sign
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "192.88.98.1"])
 def test_public_addresses(address: str) -> None:
     assert is_public(ip_address(address))
 
@@ -23,6 +23,8 @@ def test_public_addresses(address: str) -> None:
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "255.255.255.255", "198.18.0.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
         "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2001:db8::1",
+        "fec0::1", "feff::1", "3fff::1", "3fff:fff::1", "5f00::1", "192.88.99.1", "::ffff:192.88.99.1",
+        "2002:c058:6301::1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not(address: str) -> None:
