@@ -97,6 +97,8 @@ def _lock(path: Path, what: str) -> int | None:
         pass
     except OSError as error:
         os.close(handle)
+        if error.errno == errno.ESTALE:  # on NFS: another machine has removed the file meanwhile
+            return None
         raise PoolError(
             f"can't lock {what} ({path}): {error.strerror}",
             next_step="File locks must work there: on NFS, mount without `nolock` or set XDG_STATE_HOME and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -198,6 +199,24 @@ def test_a_lock_whose_file_is_removed_is_held_by_one_at_a_time(
     for thread in threads:
         thread.join(60)
     assert not failed and len(most) == 100 and max(most) == 1 and not path.exists()
+
+
+def test_a_file_that_another_machine_removed_is_opened_anew(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS says it."""
+    flock = fcntl.flock
+    told: list[bool] = []
+
+    def stale_once(handle: int, operation: int) -> None:
+        if not told:
+            told.append(True)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        flock(handle, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", stale_once)
+    with files.locked(tmp_path / "x.lock", context, what="x"):
+        assert told
 
 
 def test_a_file_that_was_opened_before_its_removal_is_not_the_lock(
