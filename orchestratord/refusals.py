@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from llorch_wire.errors import RETRIABLE, ErrorCode
@@ -19,6 +21,23 @@ _PLAIN = {
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: "the prompt is too long for this model's context: shorten it",
     ErrorCode.INVALID_PARAMS: "the worker refused a parameter of this task: check it against the model",
 }
+
+
+class _Part(msgspec.Struct):
+    text: str = ""
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_Part] = ""
+
+
+class _Quotable(msgspec.Struct):
+    """The part of a payload that no message may quote."""
+
+    prompt: str = ""
+    messages: list[_Message] = []
+    prompt_token_ids: list[int] = []
+    stop: list[str] = []
 
 
 def is_worth_a_retry(event: ErrorEvent) -> bool:
@@ -61,8 +80,25 @@ def without_quotes(event: ErrorEvent, payload: bytes) -> ErrorEvent:
 
 
 def _quotes(message: str, payload: bytes) -> bool:
-    """Whether a stretch of the message stands in the prompt."""
-    text = payload.decode("utf-8", "replace")
+    """Whether a stretch of the message stands in the prompt, as it is or as JSON has it."""
     if len(message) < QUOTE_CHARS:
         return False
-    return any(message[i : i + QUOTE_CHARS] in text for i in range(len(message) - QUOTE_CHARS + 1))
+    stretches = [message[i : i + QUOTE_CHARS] for i in range(len(message) - QUOTE_CHARS + 1)]
+    return any(stretch in text for text in _prompt_texts(payload) for stretch in stretches)
+
+
+def _prompt_texts(payload: bytes) -> Iterator[str]:
+    """What the client wrote for the model and where it ends: not the names of fields, which a refusal must name."""
+    try:
+        body = msgspec.json.decode(payload, type=_Quotable) if payload else _Quotable()
+    except msgspec.MsgspecError:
+        yield payload.decode("utf-8", "replace")
+        return
+    contents = [message.content for message in body.messages]
+    parts = [part.text for content in contents if not isinstance(content, str) for part in content]
+    texts = [body.prompt, *(content for content in contents if isinstance(content, str)), *parts, *body.stop]
+    for text in texts:
+        yield text
+        yield msgspec.json.encode(text).decode()
+        yield repr(text)
+    yield from (", ".join(map(str, body.prompt_token_ids)), ",".join(map(str, body.prompt_token_ids)))

@@ -52,3 +52,32 @@ def test_other_answers() -> None:
     assert "LLORCH_WORKER_KEY" in key.why
     assert isinstance(turned_away(409, WorkerRefusal()), TurnedAway)
     assert turned_away(500, WorkerRefusal()) == Faulted("the worker answered 500")
+
+
+def test_the_name_of_a_field_is_no_quotation() -> None:
+    payload = b'{"model":"m","prompt_token_ids":[12345,67890,11111],"frequency_penalty":1.5,"max_tokens":5}'
+    said = "`prompt_token_ids.1`: token 67890 is not in the vocabulary of `m`"
+    assert ended_by_refusal(WorkerRefusal((WorkerFault("prompt_token_ids.1", "x", said),)), payload).message == said
+    said = "`frequency_penalty`: must be at most 1"
+    assert without_quotes(ErrorEvent(code="INVALID_PARAMS", message=said), payload).message == said
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"model":"m","messages":[{"role":"user","content":"attack the northern castle"}]}',
+        b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"attack the northern castle"}]}]}',
+        b'{"model":"m","prompt":"x","stop":["attack the northern castle"]}',
+        b'{"model":"m","prompt":"attack the northern castle',
+    ],
+)
+def test_the_prompt_is_found_wherever_it_stands(payload: bytes) -> None:
+    said = ErrorEvent(code="INTERNAL", message="failed on: attack the northern castle")
+    assert without_quotes(said, payload).message == "the worker ended the task with INTERNAL"
+
+
+def test_the_prompt_is_found_escaped_and_as_token_ids() -> None:
+    said = ErrorEvent(code="INTERNAL", message="failed on 'line\\nanother line\\nthird'")
+    assert "another" not in without_quotes(said, b'{"model":"m","prompt":"line\\nanother line\\nthird"}').message
+    said = ErrorEvent(code="INTERNAL", message="failed on [12345, 67890, 11111]")
+    assert "67890" not in without_quotes(said, b'{"model":"m","prompt_token_ids":[12345,67890,11111]}').message
