@@ -23,6 +23,20 @@ PREFIX_CHARS = (*range(0, 2_049, 256), 3_072, 4_096, 6_144, 8_192, 12_288, 16_38
 
 CHARS_PER_TOKEN = 3
 _SAMPLING = frozenset(SamplingFields.model_fields)
+_CONFLICTS = {
+    "conflict": (
+        "this task_id or Idempotency-Key was used with another body: use a new one, or send the same body",
+        "task_id",
+    ),
+    "conflict_pair": (
+        "this task_id and this Idempotency-Key don't belong to the same task: send only one of them, or a new key",
+        "task_id",
+    ),
+    "conflict_keys": (
+        "this task was sent with too many different Idempotency-Keys: use one of those, or none",
+        "Idempotency-Key",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,10 @@ class Drawn:
     correlation_id: str
     idempotency_key: str | None = None
     salt: str = ""
+    fingerprint: str = ""
+    """Of a larger request that this one is a part of; it counts as part of the body."""
+    attended_by: str | None = None
+    """The replica whose client streams the task from the beginning."""
 
 
 def admit(
@@ -64,8 +82,8 @@ def admit(
     """
     check_model(request.model, known_models)
     _check_placement(request, workers, policy)
-    _check_deadline(request, forecast, ms_per_token)
-    max_tokens = request.max_tokens or policy.default_max_tokens
+    max_tokens = _max_tokens(request, policy)
+    _check_deadline(request, max_tokens, forecast, ms_per_token)
     payload = _payload(request, max_tokens, cache_salt=_digest(f"{tenant.name}\0{drawn.salt}".encode()))
     if len(payload) > policy.max_prompt_bytes:
         raise ApiError(
@@ -90,7 +108,9 @@ def admit(
         callback_url=request.callback_url,
         metadata=dict(request.metadata),
         idempotency_key=drawn.idempotency_key,
-        body_hash=body_hash(request),
+        own_id=request.task_id is not None,
+        attended_by=drawn.attended_by if request.on_disconnect == "cancel" else None,
+        body_hash=body_hash(request, drawn.fingerprint),
         prefix_hashes=prefix_hashes(request, salt=f"{tenant.name}\0{drawn.salt}"),
         correlation_id=drawn.correlation_id,
     )
@@ -112,12 +132,9 @@ def check_model(model: str, known_models: Collection[str]) -> None:
 
 def refusal(refused: Refused, limits: QueueLimits, known_models: Collection[str], wait_ms: int, model: str) -> ApiError:
     """What to answer when the store refused. `wait_ms` is when a place may be free, from measured rates."""
-    if refused.reason == "conflict":
-        return ApiError(
-            ErrorCode.CONFLICT,
-            "this task_id or Idempotency-Key was used with another body: use a new one, or send the same body",
-            param="task_id",
-        )
+    if refused.reason in _CONFLICTS:
+        message, param = _CONFLICTS[refused.reason]
+        return ApiError(ErrorCode.CONFLICT, message, param=param)
     if refused.reason == "memory":
         return ApiError(
             ErrorCode.STORE_UNAVAILABLE,
@@ -140,10 +157,10 @@ def refusal(refused: Refused, limits: QueueLimits, known_models: Collection[str]
     )
 
 
-def body_hash(request: TaskRequest) -> str:
-    """sha256 of the canonical request: sorted keys, defaults filled in, without task_id."""
+def body_hash(request: TaskRequest, fingerprint: str = "") -> str:
+    """sha256 of the canonical request (sorted keys, defaults filled in, without task_id) and of the fingerprint."""
     canonical = orjson.dumps(request.model_dump(exclude={"task_id"}), option=orjson.OPT_SORT_KEYS)
-    return hashlib.sha256(canonical).hexdigest()
+    return hashlib.sha256(canonical + fingerprint.encode()).hexdigest()
 
 
 def estimate_prompt_tokens(request: TaskRequest) -> int:
@@ -237,18 +254,41 @@ def _check_placement(request: TaskRequest, workers: Sequence[WorkerView], policy
         )
 
 
-def _check_deadline(request: TaskRequest, forecast: Forecast | None, ms_per_token: float | None) -> None:
+def _max_tokens(request: TaskRequest, policy: AdmissionPolicy) -> int:
+    """As asked for, or the default. Raises ApiError 400 where at least more are asked for than the default allows."""
+    if request.max_tokens is not None:
+        return request.max_tokens
+    if request.min_tokens > policy.default_max_tokens:
+        raise ApiError(
+            ErrorCode.INVALID_PARAMS,
+            f"`min_tokens` must not be larger than max_tokens, which is {policy.default_max_tokens} where it is left "
+            "out: give max_tokens too",
+            param="min_tokens",
+        )
+    return policy.default_max_tokens
+
+
+def _check_deadline(
+    request: TaskRequest, max_tokens: int, forecast: Forecast | None, ms_per_token: float | None
+) -> None:
     if request.deadline_ms is None or forecast is None:
         return
     surely = request.min_tokens
     if request.ignore_eos and not request.stop and not request.stop_token_ids:
-        surely = request.max_tokens or surely
-    least_ms = forecast.p50_ms + surely * (ms_per_token or 0.0)
-    if least_ms > request.deadline_ms:
-        raise ApiError(
-            ErrorCode.DEADLINE_UNMET,
-            f"the queue is too long: this task would need about {round(least_ms)} ms, its deadline is "
-            f"{request.deadline_ms} ms; give it more time or send it later",
-            param="deadline_ms",
-            retry_after_ms=max(1_000, min(round(forecast.p50_ms), 60_000)),
-        )
+        surely = max_tokens
+    wait_ms, work_ms = round(forecast.p50_ms), round(surely * (ms_per_token or 0.0))
+    if wait_ms + work_ms <= request.deadline_ms:
+        return
+    # Not a matter of when it is sent where its tokens alone take too long.
+    if work_ms > request.deadline_ms:
+        why = f"{surely} tokens take about {work_ms} ms here"
+        way_out = "give it more time or ask for fewer tokens"
+    else:
+        why = f"the queue is too long: about {wait_ms} ms until it starts"
+        why += f", and {work_ms} ms for {surely} tokens" if work_ms else ""
+        way_out = "give it more time or send it later"
+    raise ApiError(
+        ErrorCode.DEADLINE_UNMET,
+        f"{why}; its deadline is {request.deadline_ms} ms: {way_out}",
+        param="deadline_ms",
+    )

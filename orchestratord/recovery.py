@@ -21,7 +21,7 @@ import structlog
 
 from orchestratord.stopping import stop_attempt
 from orchestratord.store.errors import StoreUnavailableError
-from orchestratord.store.types import RunningTask
+from orchestratord.store.types import CancelOutcome, RunningTask
 
 if TYPE_CHECKING:
     from orchestratord.house import House
@@ -44,9 +44,13 @@ class Recovery:
 
     async def run_adopting(self) -> None:
         """Adopt at the pace of the sweep, until `close`."""
+        namesakes = True
         while not self._closing:
             try:
                 if self._house.replicas.holds_lease():
+                    if namesakes and self._house.settings.replica_id is not None:
+                        await self._house.store.readers_lost(self._house.replicas.replica_id)
+                    namesakes = False
                     await self.adopt()
             except StoreUnavailableError:
                 self._house.observations.count("store_errors", "adopt")
@@ -57,6 +61,7 @@ class Recovery:
         while True:
             try:
                 await self.sweep()
+                await self.end_unattended()
                 await self.empty_drained()
                 await self.tell_migrations()
             except StoreUnavailableError:
@@ -97,6 +102,31 @@ class Recovery:
             self._log.warning("worker lost", worker_id=worker_id, why="no heartbeat within its lease")
         if report.retried:
             house.wake_dispatcher(None)
+
+    async def end_unattended(self) -> None:
+        """End what nobody came back to read after its reader's replica had gone. Raises StoreUnavailableError.
+
+        Readers can't come back while Redis is away: the grace begins anew after that.
+        """
+        house = self._house
+        grace_s = house.settings.reader_grace_s
+        for task_id, over in await house.store.unattended(round(grace_s * 1000)):
+            if house.followers.is_followed(task_id):
+                await house.store.attend(task_id, None, house.replicas.replica_id)
+            elif over and house.store.healthy_for_s() >= grace_s:
+                outcome = await house.store.cancel(task_id, None, abandoned=True)
+                if outcome is not None:
+                    self.cancelled(task_id, outcome)
+
+    def cancelled(self, task_id: str, outcome: CancelOutcome) -> None:
+        """What else a cancelled task's end asks for: its run stopped, its readers told."""
+        house = self._house
+        if outcome.changed:
+            house.observations.count("cancellations", "running" if outcome.running else "queued")
+            house.fleet.book.forget(task_id)
+            house.followers.kick(task_id)
+        if outcome.running is not None:
+            self.stop(outcome.running, "cancel")
 
     def stop(self, task: RunningTask, reason: str) -> None:
         """End an attempt whose log is sealed: its relay here, its run at the worker, its readers' wait."""

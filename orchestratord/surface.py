@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,6 +30,10 @@ class Surface:
         self._settings = house.settings
         self._recovery = recovery
         self._state: RuntimeState = "starting"
+        self._served: Counter[str] = Counter()
+        """Tasks of calls that can't be resumed, by how many: they end with this replica, at the latest."""
+        self._ending: set[str] = set()
+        """Those of them that are being ended because this replica stops."""
         self.observations = house.observations
         self._log = structlog.get_logger("orchestratord")
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 
 from llorch_wire.errors import ApiError, ErrorCode
 from llorch_wire.tasks import Priority, TaskRequest, TaskStatus
 from orchestratord.admission import AdmissionPolicy, Drawn, admit, refusal
 from orchestratord.forecast import Forecast, next_turn
 from orchestratord.settings import Tenant
+from orchestratord.stopping import stop_attempt
 from orchestratord.store.errors import StoreUnavailableError
 from orchestratord.store.types import Admitted, NewTask, Refused
 from orchestratord.surface import STORE_RETRY_MS, Surface, store_unavailable
 from orchestratord.values import StreamItem, Submitted, TaskView
 
 PAGE = 1_000
+END_SERVED_S = 2.0
+END_SERVED_AT_ONCE = 32
 
 
 class TaskSurface(Surface):
@@ -30,27 +34,14 @@ class TaskSurface(Surface):
         idempotency_key: str | None = None,
         correlation_id: str,
         salt: str = "",
+        fingerprint: str = "",
+        attended: bool = False,
     ) -> Submitted:
         """Admit a task. It is in Redis when this returns. Raises ApiError with the code to answer.
 
-        `salt` parts the workers' prefix caches further than the tenant does.
+        `salt` parts the workers' prefix caches further than the tenant does; `fingerprint` is of a larger request that
+        this one is a part of, and counts as part of its body; `attended`: the caller streams it to its client.
         """
-        try:
-            submitted = await self._submit(request, tenant, idempotency_key, correlation_id, salt)
-        except ApiError as error:
-            self.observations.count("admissions", error.code.lower())
-            raise
-        self.observations.count("admissions", "admitted" if submitted.created else "repeated")
-        return submitted
-
-    async def _submit(
-        self, request: TaskRequest, tenant: Tenant, idempotency_key: str | None, correlation_id: str, salt: str
-    ) -> Submitted:
-        if self._state == "draining":
-            raise ApiError(
-                ErrorCode.DRAINING, "this orchestrator is stopping: send it again, to another one", retry_after_ms=1_000
-            )
-        known = await self._stored(self._house.fleet.known_models(request.model))
         drawn = Drawn(
             task_id=str(uuid.uuid4()),
             seed=secrets.randbits(63),
@@ -58,7 +49,23 @@ class TaskSurface(Surface):
             correlation_id=correlation_id,
             idempotency_key=idempotency_key,
             salt=salt,
+            fingerprint=fingerprint,
+            attended_by=self._house.replicas.replica_id if attended else None,
         )
+        try:
+            submitted = await self._submit(request, tenant, drawn)
+        except ApiError as error:
+            self.observations.count("admissions", error.code.lower())
+            raise
+        self.observations.count("admissions", "admitted" if submitted.created else "repeated")
+        return submitted
+
+    async def _submit(self, request: TaskRequest, tenant: Tenant, drawn: Drawn) -> Submitted:
+        if self._state == "draining":
+            raise ApiError(
+                ErrorCode.DRAINING, "this orchestrator is stopping: send it again, to another one", retry_after_ms=1_000
+            )
+        known = await self._stored(self._house.fleet.known_models(request.model))
         forecast, ms_per_token = await self._deadline_figures(request)
         s = self._settings
         task = admit(
@@ -172,17 +179,17 @@ class TaskSurface(Surface):
             ) from None
         return [TaskView(record=record) for record in records], cursor
 
-    async def cancel(self, task_id: str, tenant: Tenant | None) -> TaskView:
-        """End a task with CANCELLED; a task that ended already stays as it is. Raises ApiError NOT_FOUND."""
-        outcome = await self._stored(self._store.cancel(task_id, None if tenant is None else tenant.name))
+    async def cancel(self, task_id: str, tenant: Tenant | None, *, abandoned: bool = False) -> TaskView:
+        """End a task with CANCELLED; a task that ended already stays as it is. Raises ApiError NOT_FOUND.
+
+        `abandoned`: because nobody reads it any more. A repeat of its request then starts a new one.
+        """
+        outcome = await self._stored(
+            self._store.cancel(task_id, None if tenant is None else tenant.name, abandoned=abandoned)
+        )
         if outcome is None:
             raise _no_task()
-        if outcome.changed:
-            self.observations.count("cancellations", "running" if outcome.running else "queued")
-            self._house.fleet.book.forget(task_id)
-            self._house.followers.kick(task_id)
-        if outcome.running is not None:
-            self._recovery.stop(outcome.running, "cancel")
+        self._recovery.cancelled(task_id, outcome)
         return await self.task(task_id, tenant)
 
     def follow(self, task_id: str, tenant: Tenant | None, after: str | None = None) -> AsyncGenerator[list[StreamItem]]:
@@ -205,14 +212,59 @@ class TaskSurface(Surface):
         finally:
             await stream.aclose()
 
-    async def disconnected(self, task_id: str, tenant: Tenant | None) -> None:
-        """A streaming client went away: cancels if the task says so and nobody else follows it here."""
-        if self._house.followers.is_followed(task_id) or self._state == "draining":
+    async def attend(self, task_id: str, tenant: Tenant | None) -> None:
+        """A client begins to stream a task that was admitted before. Raises ApiError STORE_UNAVAILABLE."""
+        name = None if tenant is None else tenant.name
+        await self._stored(self._store.attend(task_id, name, self._house.replicas.replica_id))
+
+    def serve(self, task_ids: Collection[str]) -> None:
+        """These tasks are of a call that can't be resumed: they end with this replica, until they are `served`."""
+        self._served.update(task_ids)
+
+    def served(self, task_ids: Collection[str]) -> None:
+        """The call for which these were to `serve` has ended."""
+        self._served.subtract(task_ids)
+        for task_id in task_ids:
+            if self._served[task_id] <= 0:
+                del self._served[task_id]
+
+    async def disconnected(self, task_id: str, tenant: Tenant | None, *, resumable: bool = True) -> None:
+        """A streaming client went away: cancels if the task says so and nobody else follows it here.
+
+        While this replica stops, only what isn't `resumable` (see `serve`): other clients come back elsewhere.
+        """
+        draining = self._state == "draining"
+        if draining and (resumable or task_id in self._ending):
+            return
+        if not draining and self._house.followers.is_followed(task_id):
             return
         record = await self._stored(self._store.task(task_id, None if tenant is None else tenant.name))
         if record is None or record.on_disconnect != "cancel" or record.finished_at_ms is not None:
             return
-        await self.cancel(task_id, tenant)
+        outcome = await self._stored(self._store.cancel(task_id, record.tenant, left=self._house.replicas.replica_id))
+        if outcome is not None:
+            self._recovery.cancelled(task_id, outcome)
+
+    async def _end_served(self) -> None:
+        """Cancel the tasks of every call that can't be resumed, down to their workers, in bounded time."""
+        task_ids = list(self._served)
+        self._ending.update(task_ids)
+        try:
+            async with asyncio.timeout(END_SERVED_S), asyncio.TaskGroup() as group:
+                room = asyncio.Semaphore(END_SERVED_AT_ONCE)
+                for task_id in task_ids:
+                    group.create_task(self._end_one(task_id, room))
+        except TimeoutError:
+            self._log.warning("not every task of a call that broke off could be ended in time", tasks=len(task_ids))
+
+    async def _end_one(self, task_id: str, room: asyncio.Semaphore) -> None:
+        async with room:
+            try:
+                outcome = await self._store.cancel(task_id, None, left=self._house.replicas.replica_id)
+            except StoreUnavailableError:
+                return  # it becomes unattended when this replica's lease ends
+            if outcome is not None and outcome.running is not None:
+                await stop_attempt(self._house, outcome.running, "cancel")
 
 
 def _no_task() -> ApiError:

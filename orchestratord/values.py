@@ -81,6 +81,10 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...]
 
 
+READER_GRACE_S = 10.0
+"""How long a task that is to end with its reader goes on after the replica that it was read at has gone."""
+
+
 @dataclass(frozen=True)
 class RuntimeSettings:
     """What the runtime needs of the settings. Times are in the unit their name says."""
@@ -100,6 +104,7 @@ class RuntimeSettings:
     probe_s: float = 1.0
     connect_s: float = 2.0
     keep_alive_s: float = 10.0
+    reader_grace_s: float = READER_GRACE_S
     default_max_tokens: int = 1_024
     max_prompt_bytes: int = 4 * 2**20
     max_failures: int = 5

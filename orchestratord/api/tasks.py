@@ -46,9 +46,12 @@ async def create_task(request: Request) -> Response:
     key = idempotency_key(request)
     task = await read_model(request, TaskRequest)
     _check_callback(task, s.settings)
-    submitted = await s.orchestrator.submit(task, tenant=tenant, idempotency_key=key, correlation_id=correlation_id())
+    streams = "text/event-stream" in request.headers.get("accept", "")
+    submitted = await s.orchestrator.submit(
+        task, tenant=tenant, idempotency_key=key, correlation_id=correlation_id(), attended=streams
+    )
     headers = {"Location": f"/v2/tasks/{submitted.task_id}"}
-    if "text/event-stream" in request.headers.get("accept", ""):
+    if streams:
         return event_stream(request, submitted.task_id, tenant, None, headers)
     return json_response(_submitted(submitted), 202, headers)
 
@@ -91,7 +94,9 @@ async def stream_events(request: Request) -> Response:
     tenant = s.keyring.client(request)
     task_id = path_task_id(request)
     only_parameters(request, "after")
-    return event_stream(request, task_id, tenant, cursor_of(request))
+    cursor = cursor_of(request)
+    await s.orchestrator.attend(task_id, tenant)
+    return event_stream(request, task_id, tenant, cursor)
 
 
 @router.post("/v2/tasks/{task_id}/cancel", **schemas.CANCEL_TASK)
@@ -213,7 +218,7 @@ def path_task_id(request: Request) -> str:
     return task_id.lower()
 
 
-def cursor_of(request: Request) -> str | None:
+def cursor_of(request: Request, of: str = "an event of this task, such as 1-17") -> str | None:
     """`Last-Event-ID`, else `?after=`, else None. Raises ApiError 400 for what isn't a position."""
     for name, value in (
         ("Last-Event-ID", request.headers.get("last-event-id")),
@@ -224,7 +229,7 @@ def cursor_of(request: Request) -> str | None:
         try:
             parse_position(value)
         except ValueError:
-            raise invalid(f"`{name}` must be the id of an event of this task, such as 1-17", name) from None
+            raise invalid(f"`{name}` must be the id of {of}", name) from None
         return value
     return None
 

@@ -35,6 +35,8 @@ _COLLECTIONS = (
     "stopping",
     "owned",
     "orphans",
+    "attended",
+    "unattended",
     "active",
     "workers",
     "workers-of",

@@ -257,6 +257,7 @@ def task_fields(task: NewTask) -> list[str]:
         "body_hash": task.body_hash,
         "prefix_hashes": " ".join(task.prefix_hashes),
         "correlation_id": task.correlation_id,
+        "attended_by": task.attended_by,
     }
     return [part for name, value in values.items() if value is not None for part in (name, str(value))]
 

@@ -45,6 +45,8 @@ KINDS = (
     "replica-leases",
     "owned",
     "orphans",
+    "attended",
+    "unattended",
     "session",
     "prefix",
     "prefix-age",

@@ -75,8 +75,8 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
 
     async def admit(self, task: NewTask, limits: QueueLimits, *, now_ms: int | None = None) -> Admitted | Refused:
         """Queues a task. The same task_id or idempotency key with the same body gives the task that exists, with
-        `created` false; with another body, or under another tenant's id, it is a conflict. Raises ValueError for a
-        prefix hash with spaces."""
+        `created` false; with another body, or under another tenant's id, it is a conflict. A key whose task was
+        cancelled because its reader left goes to a new one. Raises ValueError for a prefix hash with spaces."""
         reply = await self._run(
             "admit",
             moment(now_ms),
@@ -88,6 +88,7 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
             int(await self._is_memory_full()),
             task.payload,
             encode_data(_DROPPED),
+            int(task.own_id),
             *codec.task_fields(task),
         )
         if reply[0] == b"refused":
@@ -169,15 +170,41 @@ class Store(ReadStore, FleetStore, HousekeepingStore):
             raise LogGapError(task_id, -1 - reply, tokens)
         return bool(reply)
 
-    async def cancel(self, task_id: str, tenant: str | None, *, now_ms: int | None = None) -> CancelOutcome | None:
+    async def cancel(
+        self,
+        task_id: str,
+        tenant: str | None,
+        *,
+        abandoned: bool = False,
+        left: str | None = None,
+        now_ms: int | None = None,
+    ) -> CancelOutcome | None:
         """Ends a task that hasn't ended, with `end` CANCELLED; None when the tenant has no such task. `running` is the
-        attempt to stop at its worker, whose slot stays taken until `release`."""
-        reply = await self._run("cancel", moment(now_ms), uuid.uuid4().hex, task_id, tenant or "")
+        attempt to stop at its worker, whose slot stays taken until `release`. `abandoned`: nobody reads it; a
+        repeat under its key begins anew. `left`: the same, as far as the replica whose reader left can know; nothing
+        changes where a later reader is at another one."""
+        given = int(abandoned or left is not None), left or ""
+        reply = await self._run("cancel", moment(now_ms), uuid.uuid4().hex, task_id, tenant or "", *given)
         if reply is None:
             return None
         state, changed, row = reply
         running = codec.running_task(row) if row else None
         return CancelOutcome(status=codec.status(state.decode()), changed=bool(changed), running=running)
+
+    async def attend(self, task_id: str, tenant: str | None, replica_id: str, *, now_ms: int | None = None) -> bool:
+        """A client reads the task at this replica. False for one that has ended, or goes on whoever reads it."""
+        return bool(await self._run("attend", moment(now_ms), task_id, tenant or "", replica_id))
+
+    async def readers_lost(self, replica_id: str, *, now_ms: int | None = None) -> None:
+        """Nobody who read at this replica until now does so any more."""
+        await self._run("readers_lost", moment(now_ms), replica_id)
+
+    async def unattended(
+        self, grace_ms: int, *, limit: int = 1_000, now_ms: int | None = None
+    ) -> list[tuple[str, bool]]:
+        """Tasks that are to end with their reader, whose replica has gone; each with whether the grace is over."""
+        flat = await self._run("unattended", moment(now_ms), grace_ms, limit)
+        return [(flat[at].decode(), bool(flat[at + 1])) for at in range(0, len(flat), 2)]
 
     async def release(self, worker_id: str, task_id: str, attempt: int) -> None:
         """The worker has said that a stopped attempt holds its slot no more."""

@@ -46,6 +46,10 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     callback_url: str | None = None
     metadata: dict[str, str] = {}
     idempotency_key: str | None = None
+    own_id: bool = False
+    """The client named `task_id`; it wasn't drawn."""
+    attended_by: str | None = None
+    """The replica that streams it to a client, for one that is to end when that client leaves."""
     body_hash: str
     """sha256 of the canonical request, without task_id and seed where they were drawn."""
     prefix_hashes: tuple[str, ...] = ()
@@ -75,9 +79,19 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """Nothing was written. `conflict`: same id or key, another body."""
+    """Nothing was written. `conflict`: same id or key, another body. `conflict_pair`: id and key are of two tasks.
+    `conflict_keys`: the task has as many keys as it may have."""
 
-    reason: Literal["conflict", "queue_full_total", "queue_full_model", "queue_full_tenant", "memory", "model_unknown"]
+    reason: Literal[
+        "conflict",
+        "conflict_pair",
+        "conflict_keys",
+        "queue_full_total",
+        "queue_full_model",
+        "queue_full_tenant",
+        "memory",
+        "model_unknown",
+    ]
     limit: int = 0
 
 

@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from llorch_wire.events import (
     ErrorEvent,
     QueuedEvent,
     StartedEvent,
+    StopReason,
     TaskEvent,
     TokenEvent,
     TopLogprob,
@@ -64,10 +66,14 @@ class MemoryOrchestrator:
         self.state = "ready"
         self.hold = False
         self.fail_with: ErrorEvent | None = None
+        self.parts: list[tuple[str, str]] = []
+        """Tokens to generate instead of WORDS: each one's own text, and the text that comes with it."""
+        self.end_with: StopReason = "EOS"
         self.refuse_with: ApiError | None = None
         self.left: list[str] = []
         self.calls = 0
         self.keys: dict[str, str] = {}
+        self.serving: Counter[str] = Counter()
         self._numbers = itertools.count(1)
 
     async def submit(
@@ -78,6 +84,8 @@ class MemoryOrchestrator:
         idempotency_key: str | None = None,
         correlation_id: str,
         salt: str = "",
+        fingerprint: str = "",
+        attended: bool = False,
     ) -> Submitted:
         self.calls += 1
         if self.refuse_with is not None:
@@ -129,6 +137,8 @@ class MemoryOrchestrator:
         ]
         if self.fail_with is not None:
             return [*log, (terminal_position(1), self.fail_with)]
+        if self.parts:
+            return log + _told(self.parts, self.end_with, request.logprobs)
         count = min(request.max_tokens or 16, len(WORDS))
         for index, word in enumerate(WORDS[:count]):
             top = None
@@ -199,7 +209,16 @@ class MemoryOrchestrator:
             callback_url=None,
         )
 
-    async def cancel(self, task_id: str, tenant: Tenant | None) -> TaskView:
+    def serve(self, task_ids: Collection[str]) -> None:
+        self.serving.update(task_ids)
+
+    def served(self, task_ids: Collection[str]) -> None:
+        self.serving.subtract(task_ids)
+
+    async def attend(self, task_id: str, tenant: Tenant | None) -> None:
+        pass
+
+    async def cancel(self, task_id: str, tenant: Tenant | None, *, abandoned: bool = False) -> TaskView:
         task = self._task(task_id, tenant)
         task.cancelled = True
         return await self.task(task_id, tenant)
@@ -223,7 +242,7 @@ class MemoryOrchestrator:
         finally:
             task.readers -= 1
 
-    async def disconnected(self, task_id: str, tenant: Tenant | None) -> None:
+    async def disconnected(self, task_id: str, tenant: Tenant | None, *, resumable: bool = True) -> None:
         self.left.append(task_id)
         task = self._task(task_id, tenant)
         if task.request.on_disconnect == "cancel" and task.readers == 0:
@@ -261,6 +280,18 @@ class MemoryOrchestrator:
 
     async def ready(self) -> tuple[bool, str]:
         return self.state == "ready", "" if self.state == "ready" else self.state
+
+
+def _told(parts: list[tuple[str, str]], reason: StopReason, logprobs: int | None) -> list[tuple[str, TaskEvent]]:
+    tokens: list[tuple[str, TaskEvent]] = []
+    for index, (own, came) in enumerate(parts):
+        texts = [own, *(f"alt{rank}" for rank in range(1, logprobs or 0))] if logprobs else []
+        top = tuple(TopLogprob(id=index + 100 * rank, t=text, logprob=-0.5) for rank, text in enumerate(texts))
+        event = TokenEvent(t=came, i=index, id=index, logprob=None if logprobs is None else -0.5, top=top or None)
+        tokens.append((token_position(1, index), event))
+    matched = "END" if reason == "STOP_SEQUENCE" else None
+    end = EndEvent(stop_reason=reason, tokens_in=4, tokens_out=len(parts), stop_sequence_matched=matched)
+    return [*tokens, (terminal_position(1), end)]
 
 
 @contextlib.asynccontextmanager

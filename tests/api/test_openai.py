@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import openai
@@ -111,6 +111,44 @@ async def test_logprobs(client: openai.AsyncOpenAI) -> None:
     streamed = await client.completions.create(model="demo", prompt="x", logprobs=0, max_tokens=2, stream=True)
     offsets = [c.choices[0].logprobs.text_offset async for c in streamed if c.choices and c.choices[0].logprobs]
     assert offsets == [[0], [4]]
+
+
+@pytest.mark.parametrize("top_logprobs", [0, 3])
+@pytest.mark.parametrize("reason", ["EOS", "STOP_SEQUENCE"])
+async def test_logprobs_are_of_the_answers_tokens_alone(
+    client: openai.AsyncOpenAI, memory: MemoryOrchestrator, top_logprobs: int, reason: Literal["EOS", "STOP_SEQUENCE"]
+) -> None:
+    """As a worker tells it: the last two tokens have texts of their own, and nothing of them is in the answer."""
+    parts = [("Once", "Once"), (" upon", " upon"), ("EN", ""), ("D", "")] if reason != "EOS" else [
+        ("Once", ""), (" upon", "Once upon"), ("<|end|>", "")
+    ]  # fmt: skip
+    memory.parts, memory.end_with = parts, reason
+
+    async def tokens(**options: Any) -> tuple[str, list[str]]:
+        reply = await client.chat.completions.create(
+            model="demo", messages=MESSAGES, logprobs=True, top_logprobs=top_logprobs, **options
+        )
+        if not options:
+            choice = reply.choices[0]
+            return choice.message.content or "", [item.token for item in choice.logprobs.content]
+        text, names = "", list[str]()
+        async for chunk in reply:
+            text += chunk.choices[0].delta.content or ""
+            if chunk.choices[0].logprobs is not None:
+                names += [item.token for item in chunk.choices[0].logprobs.content]
+        return text, names
+
+    for options in ({}, {"stream": True}):
+        content, names = await tokens(**options)
+        assert content == "Once upon" == "".join(names)
+        assert len(names) == 2
+        if top_logprobs:
+            assert names == ["Once", " upon"]
+    text = await client.completions.create(model="demo", prompt="x", logprobs=top_logprobs)
+    shown = text.choices[0].logprobs
+    assert shown is not None and shown.tokens is not None and shown.text_offset is not None
+    assert "".join(shown.tokens) == text.choices[0].text == "Once upon"
+    assert len(shown.text_offset) == len(shown.token_logprobs or ()) == 2
 
 
 async def test_fields_reach_the_task(client: openai.AsyncOpenAI, memory: MemoryOrchestrator) -> None:

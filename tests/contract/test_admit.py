@@ -147,3 +147,58 @@ async def test_an_int64_seed_reaches_the_started_event_exactly(store: Store) -> 
 async def test_a_prefix_hash_with_a_space_is_an_error(store: Store) -> None:
     with pytest.raises(ValueError, match="prefix hash"):
         await store.admit(new_task("a", prefix_hashes=("x y",)), LIMITS)
+
+
+async def test_a_repeat_of_a_call_whose_reader_left_is_a_new_task(store: Store) -> None:
+    await admit(store, "a", idempotency_key="k", body_hash="h", on_disconnect="cancel")
+    assert await store.cancel("a", "acme", abandoned=True)
+    assert await store.admit(new_task("x", idempotency_key="k", body_hash="other"), LIMITS) == Refused(
+        reason="conflict"
+    )
+    anew = await admit(store, "b", idempotency_key="k", body_hash="h", on_disconnect="cancel")
+    assert (anew.task_id, anew.created, anew.status) == ("b", True, "queued")
+    again = await admit(store, "c", idempotency_key="k", body_hash="h", on_disconnect="cancel")
+    assert (again.task_id, again.created) == ("b", False)
+    assert await store.delete_task("a")
+    again = await admit(store, "c", idempotency_key="k", body_hash="h", on_disconnect="cancel")
+    assert (again.task_id, again.created) == ("b", False)
+
+
+async def test_a_repeat_of_what_was_cancelled_on_purpose_stays_cancelled(store: Store) -> None:
+    await admit(store, "a", idempotency_key="k", body_hash="h")
+    await store.cancel("a", "acme")
+    again = await admit(store, "b", idempotency_key="k", body_hash="h")
+    assert (again.task_id, again.created, again.status) == ("a", False, "cancelled")
+
+
+async def test_a_known_key_with_another_tasks_id_is_a_conflict(store: Store) -> None:
+    await admit(store, "a", idempotency_key="k", body_hash="h")
+    await admit(store, "b", body_hash="h")
+    for name in ("b", "new"):
+        both = new_task(name, idempotency_key="k", body_hash="h", own_id=True)
+        assert await store.admit(both, LIMITS) == Refused(reason="conflict_pair")
+    same = await admit(store, "a", idempotency_key="k", body_hash="h", own_id=True)
+    assert (same.task_id, same.created) == ("a", False)
+
+
+async def test_a_key_that_comes_with_a_known_id_stands_for_it_from_then_on(store: Store) -> None:
+    await admit(store, "a", body_hash="h")
+    for one in ("k1", "k2"):
+        assert not (await admit(store, "a", idempotency_key=one, body_hash="h", own_id=True)).created
+    for one in ("k1", "k2"):
+        other = new_task("b", idempotency_key=one, body_hash="other")
+        assert await store.admit(other, LIMITS) == Refused(reason="conflict")
+        assert (await admit(store, "b", idempotency_key=one, body_hash="h")).task_id == "a"
+    await store.cancel("a", "acme")
+    assert await store.delete_task("a")
+    for number, one in enumerate(("k1", "k2")):
+        assert (await admit(store, f"n{number}", idempotency_key=one, body_hash="other")).created
+
+
+async def test_a_task_has_so_many_keys_at_most(store: Store) -> None:
+    await admit(store, "a", idempotency_key="k", body_hash="h")
+    for number in range(63):
+        await admit(store, "a", idempotency_key=f"k{number}", body_hash="h", own_id=True)
+    one_more = new_task("a", idempotency_key="more", body_hash="h", own_id=True)
+    assert await store.admit(one_more, LIMITS) == Refused(reason="conflict_keys", limit=64)
+    assert not (await admit(store, "a", idempotency_key="k5", body_hash="h", own_id=True)).created

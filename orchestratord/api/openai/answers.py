@@ -5,6 +5,8 @@ every task ends                        nothing: they are done
 one task fails                         the answer fails with its error; the others are cancelled
 the client leaves                      cancelled down to the engine step, unless somebody else follows them
 this replica stops                     cancelled: a `/v1` client has no way to come back to its stream
+a call joins, by its key, a task that  it begins anew, under the same key
+is cancelled as the call before leaves
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from collections.abc import AsyncGenerator
 from llorch_wire.errors import ApiError, ErrorCode, LlorchError
 from llorch_wire.events import EndEvent, ErrorEvent, StartedEvent, TokenEvent
 from orchestratord.api.errors import from_event
+from orchestratord.api.openai.logprobs import Alignment, Shown
 from orchestratord.api.openai.requests import Translated
 from orchestratord.api.openai.shapes import (
     DONE,
     ChoiceSoFar,
     Head,
     Json,
+    Part,
     Shape,
     data_frame,
     error_frame,
@@ -37,6 +41,36 @@ QUEUE_BOUND = 64
 Batch = list[StreamItem]
 
 
+class Submission:
+    """How the tasks of one call are handed in, and handed in again."""
+
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        tenant: Tenant,
+        translated: Translated,
+        idempotency_key: str | None,
+        correlation_id: str,
+    ) -> None:
+        self._orchestrator = orchestrator
+        self._tenant = tenant
+        self._translated = translated
+        self._correlation_id = correlation_id
+        self.idempotency_key = idempotency_key
+
+    async def submit(self, index: int) -> Submitted:
+        """The task of one choice. Its key is the call's and its index, apart by a space: no client's key has one."""
+        key = self.idempotency_key
+        return await self._orchestrator.submit(
+            self._translated.tasks[index],
+            tenant=self._tenant,
+            idempotency_key=key if key is None or index == 0 else f"{key} {index}",
+            correlation_id=self._correlation_id,
+            fingerprint=self._translated.fingerprint,
+            attended=True,
+        )
+
+
 class Answer:
     """The tasks behind one `/v1` call. `close` it, whatever happened."""
 
@@ -47,12 +81,15 @@ class Answer:
         translated: Translated,
         shape: Shape,
         submitted: list[Submitted],
+        submission: Submission,
     ) -> None:
         self._orchestrator = orchestrator
         self._tenant = tenant
         self._translated = translated
         self._shape = shape
+        self._submission = submission
         self._task_ids = [one.task_id for one in submitted]
+        self._alignments = [Alignment() for _ in submitted]
         self._ends: dict[int, EndEvent] = {}
         self._failed: set[int] = set()
         self.head = Head("", submitted[0].created_at_ms // 1000, submitted[0].model)
@@ -74,29 +111,30 @@ class Answer:
         idempotency_key: str | None,
         correlation_id: str,
     ) -> Answer:
-        """Submit every task. Raises the first refusal; tasks admitted before it are cancelled."""
+        """Submit every task. Raises the first refusal; tasks that this call created before it are cancelled."""
+        submission = Submission(orchestrator, tenant, translated, idempotency_key, correlation_id)
         submitted: list[Submitted] = []
         try:
-            for index, task in enumerate(translated.tasks):
-                key = idempotency_key if idempotency_key is None or index == 0 else f"{idempotency_key}#{index}"
-                submitted.append(
-                    await orchestrator.submit(task, tenant=tenant, idempotency_key=key, correlation_id=correlation_id)
-                )
+            for index in range(len(translated.tasks)):
+                submitted.append(await submission.submit(index))
         except (ApiError, asyncio.CancelledError):
             for one in submitted:
-                with contextlib.suppress(LlorchError):
-                    await orchestrator.cancel(one.task_id, tenant)
+                if one.created:
+                    with contextlib.suppress(LlorchError):
+                        await orchestrator.cancel(one.task_id, tenant, abandoned=True)
             raise
-        answer = cls(orchestrator, tenant, translated, shape, submitted)
+        answer = cls(orchestrator, tenant, translated, shape, submitted, submission)
         answer.head.id = id_prefix + submitted[0].task_id
+        orchestrator.serve(answer.task_ids)
         return answer
 
     async def close(self) -> None:
         """Cancel what hasn't ended; nobody waits for it any more."""
+        self._orchestrator.served(self._task_ids)
         for index, task_id in enumerate(self._task_ids):
             if index not in self._ends and index not in self._failed:
                 with contextlib.suppress(LlorchError):
-                    await self._orchestrator.disconnected(task_id, self._tenant)
+                    await self._orchestrator.disconnected(task_id, self._tenant, resumable=False)
 
     async def whole(self) -> Json:
         """The unstreamed answer. Raises ApiError when a task fails."""
@@ -152,37 +190,42 @@ class Answer:
             if isinstance(event, TokenEvent):
                 choice.text.append(event.t)
                 if self._translated.logprobs:
-                    choice.tokens.append(event)
+                    choice.shown += self._alignments[choice.index].push(event)
             elif isinstance(event, StartedEvent):
                 self._started(event)
             elif isinstance(event, EndEvent):
                 choice.end = event
+                choice.shown += self._alignments[choice.index].finish(event)
 
     def _frames(self, index: int, batch: Batch, opened: set[int]) -> bytes:
         """One chunk for everything that is ready, and the last one apart: its `finish_reason` comes after the text."""
-        tokens: list[TokenEvent] = []
+        text = ""
+        shown: list[Shown] = []
         end: EndEvent | None = None
+        began = False
         for event, _ in batch:
             if isinstance(event, TokenEvent):
-                tokens.append(event)
+                began = True
+                text += event.t
+                if self._translated.logprobs:
+                    shown += self._alignments[index].push(event)
             elif isinstance(event, StartedEvent):
                 self._started(event)
             elif isinstance(event, EndEvent):
                 end = event
+                shown += self._alignments[index].finish(event)
         frames: list[bytes] = []
-        if self._shape.opens and (tokens or end is not None) and index not in opened:
+        if self._shape.opens and (began or end is not None) and index not in opened:
             opened.add(index)
-            frames.append(self._chunk(index, [], None, opening=True))
-        if self._translated.logprobs or any(token.t for token in tokens):
-            frames.append(self._chunk(index, tokens, None, opening=False))
+            frames.append(self._chunk(index, Part(opening=True)))
+        if text or shown:
+            frames.append(self._chunk(index, Part(text, shown)))
         if end is not None:
-            frames.append(self._chunk(index, [], finish_reason(end), opening=False))
-        return b"".join(frame for frame in frames if frame)
+            frames.append(self._chunk(index, Part(finish=finish_reason(end))))
+        return b"".join(frames)
 
-    def _chunk(self, index: int, tokens: list[TokenEvent], finish: str | None, *, opening: bool) -> bytes:
-        if not tokens and finish is None and not opening:
-            return b""
-        chunk = self._shape.chunk(self.head, index, tokens, finish, opening)
+    def _chunk(self, index: int, part: Part) -> bytes:
+        chunk = self._shape.chunk(self.head, index, part)
         if self._translated.include_usage:
             chunk["usage"] = None
         return data_frame(chunk)
@@ -196,10 +239,10 @@ class Answer:
 
         Raises ApiError when the task failed or was cancelled, or when this replica stops.
         """
-        task_id = self._task_ids[index]
         after: str | None = None
+        begun = cancelled = False
         while True:
-            follower = self._orchestrator.follow(task_id, self._tenant, after)
+            follower = self._orchestrator.follow(self._task_ids[index], self._tenant, after)
             async with contextlib.aclosing(follower):
                 async for batch in follower:
                     for event, position in batch:
@@ -209,14 +252,37 @@ class Answer:
                             raise from_event(event)
                         if isinstance(event, EndEvent):
                             self._ends[index] = event
-                            if event.stop_reason == "CANCELLED":
-                                raise ApiError(ErrorCode.CONFLICT, "the task was cancelled by another call")
+                    if cancelled := index in self._ends and self._ends[index].stop_reason == "CANCELLED":
+                        break
                     if batch:
+                        begun = begun or any(isinstance(event, TokenEvent) for event, _ in batch)
                         yield batch
                     if index in self._ends:
                         return
             if self._orchestrator.state == "draining":
                 raise ApiError(ErrorCode.DRAINING, "this orchestrator is stopping; send the request again")
+            if cancelled:
+                if begun or not await self._begin_anew(index):
+                    raise ApiError(ErrorCode.CONFLICT, "the task was cancelled by another call")
+                after = None
+
+    async def _begin_anew(self, index: int) -> bool:
+        """A task that this call only joined may have been cancelled because the call before it left: hand it in again.
+
+        False when it is the same one, which somebody cancelled on purpose, that comes back. Raises ApiError.
+        """
+        if self._submission.idempotency_key is None:
+            return False
+        before, again = self._task_ids[index], await self._submission.submit(index)
+        if again.task_id == before:
+            return False
+        self._orchestrator.serve([again.task_id])
+        self._orchestrator.served([before])
+        self._task_ids[index] = again.task_id
+        del self._ends[index]
+        if index == 0:
+            self.head.id = self.head.id.replace(before, again.task_id)
+        return True
 
     async def _merged(self, group: asyncio.TaskGroup) -> AsyncGenerator[tuple[int, Batch], None]:
         """Every task's batches as they come, with the index of their choice."""

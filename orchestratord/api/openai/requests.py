@@ -17,6 +17,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import orjson
 from pydantic import Field, ValidationError
 
 from llorch_wire.errors import ApiError
@@ -112,6 +113,8 @@ class Translated:
     stream: bool
     include_usage: bool
     logprobs: bool
+    fingerprint: str
+    """Of the whole body: what an idempotency key stands for."""
 
 
 def parse_chat(body: dict[str, Any]) -> Translated:
@@ -130,7 +133,7 @@ def parse_chat(body: dict[str, Any]) -> Translated:
         renamed["max_tokens"] = "max_completion_tokens"
     if options.logprobs:
         fields["logprobs"] = options.top_logprobs or 0
-    return _translated([_task(fields, renamed)], options, logprobs=options.logprobs)
+    return _translated([_task(fields, renamed)], options, options.logprobs, _fingerprint("chat", body))
 
 
 def parse_completion(body: dict[str, Any]) -> Translated:
@@ -147,7 +150,7 @@ def parse_completion(body: dict[str, Any]) -> Translated:
     if len(prompts) * options.n > MAX_CHOICES:
         raise invalid(f"`n` times the number of prompts must be at most {MAX_CHOICES}", "n")
     requests = [_task({**fields, **prompt}, {"prompt_token_ids": "prompt"}) for prompt in prompts]
-    return _translated(requests, options, logprobs=options.logprobs is not None)
+    return _translated(requests, options, options.logprobs is not None, _fingerprint("completion", body))
 
 
 def derived_seed(seed: int, choice: int) -> int:
@@ -225,14 +228,20 @@ def _task(fields: dict[str, Any], renamed: dict[str, str]) -> TaskRequest:
         raise refusal from None
 
 
-def _translated(requests: list[TaskRequest], options: SharedOptions, *, logprobs: bool) -> Translated:
+def _fingerprint(kind: str, body: dict[str, Any]) -> str:
+    """Equal for bodies that say the same, whatever the order of their fields. A `null` says nothing."""
+    said = {name: value for name, value in body.items() if value is not None}
+    return hashlib.sha256(kind.encode() + orjson.dumps(said, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _translated(requests: list[TaskRequest], options: SharedOptions, logprobs: bool, fingerprint: str) -> Translated:
     tasks: list[TaskRequest] = []
     for request in requests:
         for choice in range(options.n):
             seed = None if request.seed is None else derived_seed(request.seed, choice)
             tasks.append(request.model_copy(update={"seed": seed}))
     include_usage = options.stream_options is not None and options.stream_options.include_usage
-    return Translated(tuple(tasks), options.n, options.stream, include_usage, logprobs)
+    return Translated(tuple(tasks), options.n, options.stream, include_usage, logprobs, fingerprint)
 
 
 def _message(number: int, message: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import orjson
 
 from llorch_wire.errors import ApiError
-from llorch_wire.events import EndEvent, TokenEvent
+from llorch_wire.events import EndEvent
 from orchestratord.api.errors import openai_error_object
+from orchestratord.api.openai.logprobs import Shown
 
 DONE = b"data: [DONE]\n\n"
 Json = dict[str, Any]
@@ -36,8 +37,18 @@ class ChoiceSoFar:
 
     index: int
     text: list[str] = field(default_factory=list[str])
-    tokens: list[TokenEvent] = field(default_factory=list[TokenEvent])
+    shown: list[Shown] = field(default_factory=list[Shown])
     end: EndEvent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one chunk says: text, the tokens clear by now, `opening` on a choice's first, `finish` on its last."""
+
+    text: str = ""
+    shown: Sequence[Shown] = ()
+    finish: str | None = None
+    opening: bool = False
 
 
 class Shape(Protocol):
@@ -45,8 +56,8 @@ class Shape(Protocol):
 
     opens: bool
 
-    def chunk(self, head: Head, index: int, tokens: Sequence[TokenEvent], finish: str | None, opening: bool) -> Json:
-        """One chunk of a stream: what `tokens` say; `opening` on a choice's first, `finish` on its last."""
+    def chunk(self, head: Head, index: int, part: Part) -> Json:
+        """One chunk of a stream."""
         ...
 
     def whole(self, head: Head, choices: Sequence[ChoiceSoFar], usage: Json) -> Json:
@@ -94,17 +105,16 @@ class ChatShape:
     def __init__(self, *, logprobs: bool) -> None:
         self._logprobs = logprobs
 
-    def chunk(self, head: Head, index: int, tokens: Sequence[TokenEvent], finish: str | None, opening: bool) -> Json:
+    def chunk(self, head: Head, index: int, part: Part) -> Json:
         """See Shape."""
         delta: Json = {}
-        if opening:
+        if part.opening:
             delta = {"role": "assistant", "content": "", "refusal": None}
-        text = "".join(token.t for token in tokens)
-        if text or (tokens and self._logprobs):
-            delta["content"] = text
-        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        if self._logprobs and tokens:
-            choice["logprobs"] = _chat_logprobs(tokens)
+        if part.text or part.shown:
+            delta["content"] = part.text
+        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": part.finish}
+        if self._logprobs and part.shown:
+            choice["logprobs"] = _chat_logprobs(part.shown)
         return {**_head(head, "chat.completion.chunk"), "choices": [choice]}
 
     def empty(self, head: Head) -> Json:
@@ -117,7 +127,7 @@ class ChatShape:
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-                "logprobs": _chat_logprobs(choice.tokens) if self._logprobs else None,
+                "logprobs": _chat_logprobs(choice.shown) if self._logprobs else None,
                 "finish_reason": finish_reason(choice.end) if choice.end else None,
             }
             for choice in choices
@@ -134,17 +144,13 @@ class CompletionShape:
         self._logprobs = logprobs
         self._offsets: dict[int, int] = {}
 
-    def chunk(self, head: Head, index: int, tokens: Sequence[TokenEvent], finish: str | None, opening: bool) -> Json:
+    def chunk(self, head: Head, index: int, part: Part) -> Json:
         """See Shape. `text_offset` goes on from the choice's last chunk."""
-        choice: Json = {
-            "index": index,
-            "text": "".join(token.t for token in tokens),
-            "logprobs": None,
-            "finish_reason": finish,
-        }
-        if self._logprobs and tokens:
-            choice["logprobs"] = _completion_logprobs(tokens, self._offsets.get(index, 0))
-            self._offsets[index] = self._offsets.get(index, 0) + len(choice["text"])
+        choice: Json = {"index": index, "text": part.text, "logprobs": None, "finish_reason": part.finish}
+        if self._logprobs and part.shown:
+            offset = self._offsets.get(index, 0)
+            choice["logprobs"] = _completion_logprobs(part.shown, offset)
+            self._offsets[index] = offset + sum(len(text) for text, _ in part.shown)
         return {**_head(head, "text_completion"), "choices": [choice]}
 
     def empty(self, head: Head) -> Json:
@@ -157,7 +163,7 @@ class CompletionShape:
             {
                 "index": choice.index,
                 "text": "".join(choice.text),
-                "logprobs": _completion_logprobs(choice.tokens, 0) if self._logprobs else None,
+                "logprobs": _completion_logprobs(choice.shown, 0) if self._logprobs else None,
                 "finish_reason": finish_reason(choice.end) if choice.end else None,
             }
             for choice in choices
@@ -175,13 +181,13 @@ def _head(head: Head, kind: str) -> Json:
     }
 
 
-def _chat_logprobs(tokens: Sequence[TokenEvent]) -> Json:
+def _chat_logprobs(shown: Sequence[Shown]) -> Json:
     content = [
         {
-            **_logprob(_token_text(token), token.logprob),
+            **_logprob(text, token.logprob),
             "top_logprobs": [_logprob(top.t, top.logprob) for top in token.top or ()],
         }
-        for token in tokens
+        for text, token in shown
     ]
     return {"content": content, "refusal": None}
 
@@ -190,19 +196,14 @@ def _logprob(text: str, logprob: float | None) -> Json:
     return {"token": text, "logprob": logprob if logprob is not None else 0.0, "bytes": list(text.encode())}
 
 
-def _completion_logprobs(tokens: Sequence[TokenEvent], offset: int) -> Json:
+def _completion_logprobs(shown: Sequence[Shown], offset: int) -> Json:
     offsets: list[int] = []
-    for token in tokens:
+    for text, _ in shown:
         offsets.append(offset)
-        offset += len(token.t)
+        offset += len(text)
     return {
-        "tokens": [_token_text(token) for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{top.t: top.logprob for top in token.top or ()} for token in tokens],
+        "tokens": [text for text, _ in shown],
+        "token_logprobs": [token.logprob for _, token in shown],
+        "top_logprobs": [{top.t: top.logprob for top in token.top or ()} for _, token in shown],
         "text_offset": offsets,
     }
-
-
-def _token_text(token: TokenEvent) -> str:
-    """The token's own text: `t` may be held back for UTF-8 or a stop string and come with a later token."""
-    return next((top.t for top in token.top or () if top.id == token.id), token.t)

@@ -106,6 +106,48 @@ local function own(task_id, replica, now)
   redis.call('ZADD', key('replicas'), 'NX', integer(now), replica)
 end
 
+-- Whom a task is generated for, where it is to end when its reader leaves: the replica that streams it. `unattended` has
+-- those whose replica has gone, by when that was noticed, until a reader comes back or the grace is over.
+local function unattend(task)
+  if task.attended_by then redis.call('SREM', key('attended', task.attended_by), task.task_id) end
+  redis.call('ZREM', key('unattended'), task.task_id)
+end
+
+local function attend(task, replica, now)
+  if task.on_disconnect ~= 'cancel' then return end
+  unattend(task)
+  update(task, { attended_by = replica })
+  redis.call('SADD', key('attended', replica), task.task_id)
+  redis.call('ZADD', key('replicas'), 'NX', integer(now), replica)
+end
+
+-- The replica has gone, and its readers with it.
+local function lose_readers(replica, now)
+  for _, task_id in ipairs(redis.call('SMEMBERS', key('attended', replica))) do
+    redis.call('ZADD', key('unattended'), integer(now), task_id)
+  end
+  redis.call('DEL', key('attended', replica))
+end
+
+-- The idempotency keys of a task, apart by newlines, which no key holds. False when it has too many.
+local MAX_KEYS = 64
+local function keys_of(task)
+  local found = {}
+  for name in string.gmatch(task.idempotency_key or '', '[^\n]+') do found[#found + 1] = name end
+  return found
+end
+
+local function add_key(task, name)
+  local names = keys_of(task)
+  for _, known in ipairs(names) do
+    if known == name then return true end
+  end
+  if #names >= MAX_KEYS then return false end
+  names[#names + 1] = name
+  update(task, { idempotency_key = table.concat(names, '\n') })
+  return true
+end
+
 local function free_slot(task)
   redis.call('HDEL', key('running', task.worker_id), task.task_id)
 end
@@ -159,6 +201,7 @@ local TERMINAL = '18446744073709551615'
 -- The one terminal transition. The task has left its queue, its slot and its retry place before.
 local function finish(task, now, state, kind, data, call)
   disown(task)
+  unattend(task)
   redis.call('DEL', key('payload', task.task_id))
   redis.call('ZREM', key('deadlines'), task.task_id)
   redis.call('XADD', key('log', task.task_id), task.attempt .. '-' .. TERMINAL, kind, data)

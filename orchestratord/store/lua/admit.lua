@@ -1,9 +1,12 @@
 -- Queues a new task, or finds the one that was admitted under the same id or idempotency key.
 -- KEYS   1 anchor
 -- ARGV   1 now_ms or ''  2 call id  3 per model  4 per tenant  5 total  6 drop_oldest_batch (1|0)  7 memory full (1|0)
---        8 payload  9 error event (JSON) for a task that is dropped  10… field, value pairs of the task hash
+--        8 payload  9 error event (JSON) for a task that is dropped  10 task id is the client's (1|0)
+--        11… field, value pairs of the task hash
 -- Returns { 'admitted', task_id, created 1|0, seed, created_at_ms, position, state, model }
 --         { 'refused', reason, limit }: nothing was written
+-- Keys   A key stands for one body and one task, as long as that is kept; a task may have several keys. A task that was
+--        cancelled because its reader left is not what a repeat asks for: the key then goes to a new task.
 -- Event  queued at 0-1. With drop_oldest_batch an interactive task that meets a limit ends one waiting batch task
 --        (the oldest that relieves every limit met) with an error event.
 --@include tasks
@@ -11,20 +14,35 @@
 local now = time_ms(ARGV[1])
 local task = {}
 local flat = {}
-for i = 10, #ARGV do flat[#flat + 1] = ARGV[i] end
+for i = 11, #ARGV do flat[#flat + 1] = ARGV[i] end
 for i = 1, #flat, 2 do task[flat[i]] = flat[i + 1] end
 
 local function known(existing)
-  if existing.tenant ~= task.tenant or existing.body_hash ~= task.body_hash then return { 'refused', 'conflict', 0 } end
+  if is_live(existing) and task.attended_by then attend(existing, task.attended_by, now) end
   local created = existing.admit_call == ARGV[2] and 1 or 0
   return { 'admitted', existing.task_id, created, existing.seed, existing.created_at_ms, position(existing),
     existing.state, existing.model }
 end
 
 local idem = task.idempotency_key and key('idem', task.tenant, task.idempotency_key)
-local earlier = idem and redis.call('GET', idem)
-local existing = task_hash(earlier or task.task_id) or task_hash(task.task_id)
-if existing then return known(existing) end
+local by_id = task_hash(task.task_id)
+local by_key = idem and task_hash(redis.call('GET', idem) or '')
+local function other(existing)
+  return existing and (existing.tenant ~= task.tenant or existing.body_hash ~= task.body_hash)
+end
+if other(by_id) or other(by_key) then return { 'refused', 'conflict', 0 } end
+if by_key and by_key.abandoned == '1' and by_key.task_id ~= task.task_id then by_key = nil end
+if by_key then
+  if ARGV[10] == '1' and by_key.task_id ~= task.task_id then return { 'refused', 'conflict_pair', 0 } end
+  return known(by_key)
+end
+if by_id then
+  if idem then
+    if not add_key(by_id, task.idempotency_key) then return { 'refused', 'conflict_keys', MAX_KEYS } end
+    redis.call('SET', idem, task.task_id)
+  end
+  return known(by_id)
+end
 
 if redis.call('SISMEMBER', key('models'), task.model) == 0 then return { 'refused', 'model_unknown', 0 } end
 if ARGV[7] == '1' then return { 'refused', 'memory', 0 } end
@@ -88,6 +106,7 @@ update(task, {
 redis.call('HSET', key('task', task.task_id), unpack(flat))
 redis.call('SET', key('payload', task.task_id), ARGV[8])
 if idem then redis.call('SET', idem, task.task_id) end
+if task.attended_by then attend(task, task.attended_by, now) end
 if task.deadline_at_ms then redis.call('ZADD', key('deadlines'), task.deadline_at_ms, task.task_id) end
 
 -- A tenant that comes back is lifted to those it joins: idle time earns no credit. With nobody there, it is lifted to

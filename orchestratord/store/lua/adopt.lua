@@ -2,6 +2,7 @@
 -- KEYS   1 anchor
 -- ARGV   1 now_ms or ''  2 replica  3 limit  4 ms for which Redis has been reachable  5 latest believable now or ''
 -- Returns { now_ms, believable 1|0, list of running task fields }
+-- The readers of a replica whose lease ended are gone too: what they alone attended becomes unattended.
 -- A lease is judged only after Redis has been reachable for as long as it lasts, and only by a call that came in time.
 --@include tasks
 
@@ -29,6 +30,7 @@ if believable then
     local lease = tonumber(redis.call('HGET', key('replica-leases'), dead) or '0')
     if dead ~= replica and healthy >= lease then
       local before = #result
+      lose_readers(dead, now)
       if room > 0 then
         for _, task_id in ipairs(redis.call('SPOP', key('owned', dead), room)) do take(task_id) end
       end

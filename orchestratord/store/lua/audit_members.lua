@@ -79,6 +79,8 @@ local RULES = {
   ['stopping'] = { HASH, stopped_attempt },
   ['owned'] = { SET, task_is(function(task) return task.state == 'running' and task.owner == parts[1] end) },
   ['orphans'] = { SET, task_is(function(task) return task.state == 'running' and task.owner == '' end) },
+  ['attended'] = { SET, task_is(function(task) return is_live(task) and task.attended_by == parts[1] end) },
+  ['unattended'] = { ZSET, task_is(is_live) },
   ['active'] = { SET, live_tenant },
   ['workers'] = { SET, registered },
   ['workers-of'] = { SET, function(member)

@@ -9,8 +9,8 @@ for _, task_id in ipairs(ARGV) do
   local task = task_hash(task_id)
   if task and not is_live(task) and not redis.call('ZSCORE', key('webhooks'), task_id) then
     redis.call('DEL', key('task', task_id), key('payload', task_id), key('log', task_id))
-    if task.idempotency_key then
-      local idem = key('idem', task.tenant, task.idempotency_key)
+    for _, name in ipairs(keys_of(task)) do
+      local idem = key('idem', task.tenant, name)
       if redis.call('GET', idem) == task_id then redis.call('DEL', idem) end
     end
     unindex(task, task.state)

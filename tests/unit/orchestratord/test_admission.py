@@ -121,6 +121,34 @@ def test_a_hopeless_deadline_is_refused_with_figures() -> None:
     accept(request(deadline_ms=1))  # nothing measured yet: nothing is known to be hopeless
 
 
+def test_a_deadline_refusal_says_what_takes_so_long() -> None:
+    long = request(deadline_ms=5_000, max_tokens=10_000, ignore_eos=True)
+    tokens = refused(long, forecast=Forecast(p50_ms=0, p90_ms=0), ms_per_token=20.0)
+    assert "10000 tokens take about 200000 ms" in tokens.message
+    assert "queue" not in tokens.message
+    waiting = refused(request(deadline_ms=5_000), forecast=Forecast(p50_ms=9_000, p90_ms=20_000))
+    assert "the queue is too long: about 9000 ms" in waiting.message
+    both = request(deadline_ms=5_000, max_tokens=100, ignore_eos=True)
+    together = refused(both, forecast=Forecast(p50_ms=4_000, p90_ms=9_000), ms_per_token=20.0)
+    assert "4000 ms until it starts, and 2000 ms for 100 tokens" in together.message
+    for error in (tokens, waiting, together):
+        assert (error.retriable, error.retry_after_ms) == (False, None)
+
+
+def test_as_many_tokens_as_by_default_are_too_few_for_min_tokens() -> None:
+    policy = AdmissionPolicy(default_max_tokens=512)
+    error = refused(request(min_tokens=600), policy=policy)
+    assert (error.code, error.param) == (ErrorCode.INVALID_PARAMS, "min_tokens")
+    assert "512" in error.message
+    assert accept(request(min_tokens=600, max_tokens=700), policy=policy).max_tokens == 700
+    assert accept(request(min_tokens=512), policy=policy).max_tokens == 512
+
+
+def test_a_part_of_a_larger_request_is_the_same_only_in_the_same_one() -> None:
+    assert body_hash(request(), "one") == body_hash(request(), "one")
+    assert len({body_hash(request()), body_hash(request(), "one"), body_hash(request(), "two")}) == 3
+
+
 def test_a_prompt_larger_than_the_bound() -> None:
     error = refused(request(), policy=AdmissionPolicy(max_prompt_bytes=16))
     assert (error.code, error.param) == (ErrorCode.PAYLOAD_TOO_LARGE, "prompt")
@@ -130,6 +158,8 @@ def test_a_prompt_larger_than_the_bound() -> None:
     ("reason", "code"),
     [
         ("conflict", ErrorCode.CONFLICT),
+        ("conflict_pair", ErrorCode.CONFLICT),
+        ("conflict_keys", ErrorCode.CONFLICT),
         ("queue_full_total", ErrorCode.QUEUE_FULL),
         ("queue_full_model", ErrorCode.QUEUE_FULL),
         ("queue_full_tenant", ErrorCode.QUEUE_FULL),

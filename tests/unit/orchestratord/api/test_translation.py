@@ -9,8 +9,9 @@ import pytest
 from llorch_wire.errors import STATUS, ApiError, ErrorCode
 from llorch_wire.events import EndEvent, TokenEvent, TopLogprob
 from orchestratord.api.errors import error_object, error_response, from_event, openai_error_object
+from orchestratord.api.openai.logprobs import Shown
 from orchestratord.api.openai.requests import derived_seed, parse_chat, parse_completion
-from orchestratord.api.openai.shapes import CompletionShape, Head, finish_reason, usage_of
+from orchestratord.api.openai.shapes import CompletionShape, Head, Part, finish_reason, usage_of
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -63,13 +64,17 @@ def test_finish_reasons(reason: Any, word: str) -> None:
     assert finish_reason(EndEvent(stop_reason=reason, tokens_in=1, tokens_out=1)) == word
 
 
-def test_a_tokens_own_text_is_told_although_its_event_held_it_back() -> None:
-    """The first byte of é alone: `t` is empty, the top list knows the token's text."""
-    top = (TopLogprob(id=1, t="x", logprob=-3.0), TopLogprob(id=9, t="\ufffd", logprob=-0.1))
-    tokens = [TokenEvent(t="", i=0, id=9, logprob=-0.1, top=top), TokenEvent(t="é", i=1, id=4, logprob=-0.2)]
-    chunk = CompletionShape(logprobs=True).chunk(Head("id", 1, "m"), 0, tokens, None, False)
-    assert chunk["choices"][0]["logprobs"]["tokens"] == ["\ufffd", "é"]
-    assert chunk["choices"][0]["logprobs"]["text_offset"] == [0, 0]
+def test_offsets_go_on_from_chunk_to_chunk() -> None:
+    top = (TopLogprob(id=1, t="x", logprob=-3.0),)
+    tokens = [TokenEvent(t="é", i=0, id=9, logprob=-0.1, top=top), TokenEvent(t="!", i=1, id=4, logprob=-0.2)]
+    shape = CompletionShape(logprobs=True)
+    seen: list[Any] = []
+    for token in tokens:
+        chunk = shape.chunk(Head("id", 1, "m"), 0, Part(token.t, [Shown(token.t, token)]))
+        seen.append(chunk["choices"][0]["logprobs"])
+    assert [one["tokens"] for one in seen] == [["é"], ["!"]]
+    assert [one["text_offset"] for one in seen] == [[0], [1]]
+    assert seen[0]["top_logprobs"] == [{"x": -3.0}]
 
 
 @pytest.mark.parametrize("code", list(ErrorCode))
