@@ -8,6 +8,7 @@ a prompt.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from pydantic import (
@@ -192,15 +193,20 @@ class Problem(NamedTuple):
 
 
 def problems(error: ValidationError) -> list[Problem]:
-    """What is wrong, in order, without any value that the client sent."""
+    """What is wrong, in order, without any value that the client sent. Of the names that it made up, only short plain
+    ones are told: elsewhere the field is the one that holds it, or `body`."""
     found: list[Problem] = []
     for item in error.errors(include_url=False, include_input=False):
-        where = [str(part) for part in item["loc"]]
-        field = ".".join(part for part in where if not part.startswith("function-") and part not in _UNION_TAGS)
+        field, whole = _path(item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "string_pattern_mismatch":
             message = _PATTERN_WORDS.get(item.get("ctx", {}).get("pattern", ""), message)
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and field == "model_ref":
+            message = "`model` and `model_ref` are the same; send one"
+        elif item["type"] == "extra_forbidden" and not whole:
+            field = field or "body"
+            message = f"unknown field in `{field}`: remove it or check its spelling"
+        elif item["type"] == "extra_forbidden":
             message = f"unknown field `{field}`: remove it or check its spelling"
         elif item["type"] == "missing":
             message = f"`{field}` is required"
@@ -210,6 +216,21 @@ def problems(error: ValidationError) -> list[Problem]:
             message = f"`{field}`: {message[:1].lower()}{message[1:]}"
         found.append(Problem(field or None, item["type"], message))
     return found
+
+
+_NAMED = re.compile(r"\w[\w-]{0,63}")
+
+
+def _path(location: tuple[int | str, ...]) -> tuple[str, bool]:
+    """A location, dotted, up to the first name that isn't a short plain one; and whether that was all of it."""
+    told: list[str] = []
+    for part in map(str, location):
+        if part.startswith("function-") or part in _UNION_TAGS:
+            continue
+        if not _NAMED.fullmatch(part):
+            return ".".join(told), False
+        told.append(part)
+    return ".".join(told), True
 
 
 _PATTERN_WORDS = {

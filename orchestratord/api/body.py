@@ -39,7 +39,8 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ApiError 400 for anything else: other JSON, NaN, lone surrogates, nesting without end.
+    """A JSON object. Raises ApiError 400 for anything else: other JSON, other encodings, NaN, lone surrogates, nesting
+    without end.
 
     A key that stands there twice counts as its last value (RFC 8259 leaves it open; most parsers do so).
     """
@@ -49,11 +50,25 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value: object = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         # orjson's messages name a position and a reason, never the text itself.
+        place = _not_utf8(body)
+        if place is not None:
+            raise invalid(
+                f"the body is not valid UTF-8: byte {place} can't stand there; encode it anew", "body"
+            ) from None
         hint = " (a lone surrogate: strings must be valid Unicode)" if "surrogate" in str(error) else ""
         raise invalid(f"the body is not valid JSON: {error}{hint}", "body") from None
     if not isinstance(value, dict):
         raise invalid("the body must be a JSON object", "body")
     return cast("dict[str, Any]", value)
+
+
+def _not_utf8(body: bytes) -> int | None:
+    """Where the first byte is that isn't UTF-8, from 0; None where all are."""
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
 def parse_model(model: type[M], value: dict[str, Any]) -> M:

@@ -121,7 +121,7 @@ async def fleet_events(request: Request) -> Response:
     s = services(request)
     s.keyring.operator(request)
     only_parameters(request, "after")
-    after = cursor_of(request)
+    after = cursor_of(request, "a line of this feed, such as 1760000000000-0, or 0-0 for the oldest kept")
     feed = s.orchestrator.fleet(after)
     first = await anext(feed, [])  # while there is no Redis this raises, and the client gets a status
 

@@ -37,6 +37,12 @@ BODIES: list[tuple[str, bytes, int, str, str]] = [
     ("nine stops", with_(stop=list("abcdefghi")), 400, "INVALID_PARAMS", "stop"),
     ("empty stop", with_(stop=[""]), 400, "INVALID_PARAMS", "stop.0"),
     ("unknown field", with_(max_token=5), 400, "INVALID_PARAMS", "max_token"),
+    ("two names of the model", with_(model_ref="demo"), 400, "INVALID_PARAMS", "model_ref"),
+    ("an endless name", with_(**{"x" * 8_000_000: 1}), 400, "INVALID_PARAMS", "body"),
+    ("a name with NUL", with_(**{"a\0b": 1}), 400, "INVALID_PARAMS", "body"),
+    ("an endless nested name", with_(placement={"x" * 65: 1}), 400, "INVALID_PARAMS", "placement"),
+    ("an endless metadata key", with_(metadata={"x" * 1_000_000: "v"}), 400, "INVALID_PARAMS", "metadata"),
+    ("a metadata key with NUL", with_(metadata={"a\0b": "v"}), 400, "INVALID_PARAMS", "metadata"),
     ("unknown nested field", with_(placement={"mood": "auto"}), 400, "INVALID_PARAMS", "placement.mood"),
     ("pin without target", with_(placement={"mode": "pin"}), 400, "INVALID_PARAMS", "placement"),
     ("empty prompt", with_(prompt=""), 400, "INVALID_PARAMS", "prompt"),
@@ -88,6 +94,7 @@ async def test_a_bad_task_is_refused_by_name(
     async with http.post(f"{server}/v2/tasks", data=io.BytesIO(body)) as reply:
         error = await refused(reply, status, code, param)
     assert "Once upon" not in error["message"]
+    assert len(error["message"]) < 400 and "\0" not in error["message"]
     assert not memory.tasks_by_id
     async with http.post(f"{server}/v2/tasks", json=GOOD) as reply:
         assert reply.status == 202
@@ -133,6 +140,19 @@ async def test_a_bad_call_is_refused_by_name(
         await refused(reply, status, code, param)
         if status == 405:
             assert reply.headers["Allow"]
+
+
+async def test_refusals_name_what_is_wrong(server: str, http: aiohttp.ClientSession) -> None:
+    for body, words in (
+        (with_(model_ref="demo"), "`model` and `model_ref` are the same"),
+        (b'{"model":"demo","prompt":"\xff"}', "not valid UTF-8: byte 26"),
+        (b'{"model":"demo","prompt":"\\ud800"}', "a lone surrogate"),
+    ):
+        async with http.post(f"{server}/v2/tasks", data=body) as reply:
+            assert words in (await reply.json())["error"]["message"]
+    async with http.get(f"{server}/v2/fleet/events", params={"after": "banana"}) as reply:
+        error = await refused(reply, 400, "INVALID_PARAMS", "after")
+        assert "task" not in error["message"] and "feed" in error["message"]
 
 
 @pytest.mark.parametrize("cursor", ["banana", "1", "-", "1-", "-1", "1-x", "1-1-1", "１-１", "9" * 400 + "-1"])
