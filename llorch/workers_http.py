@@ -98,7 +98,10 @@ def _each(worker_ids: list[str], api: Api, verb: str, body: dict[str, Any], done
             failures.append(error)
             say(f"error: {error.message}")
         else:
-            say(f"{worker_id}: {done}")
+            still = answered.get("state") if isinstance(answered, dict) and verb == "undrain" else None
+            # It drains by itself when it is stopping; one whose engine failed has to come up again first.
+            said = f"is {still} by itself, and takes no tasks yet" if still in ("draining", "failed") else done
+            say(f"{worker_id}: {said}")
     if failures:
         from llorch.errors import PartialFailure
 

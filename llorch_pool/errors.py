@@ -52,16 +52,21 @@ def refused_by_the_system(error: OSError) -> PoolError:
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     why = error.strerror or str(error) or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return PoolError(
-            f"no space left on the disk{f' that holds {names[0]}' if names else ''}",
-            next_step="Free space (`llorch-pool model list` shows sizes, `llorch-pool model remove NAME` deletes), "
-            "and run it again.",
-            code="disk_full",
-        )
+        return disk_full(names[0] if names else "")
     return PoolError(
         f"{' -> '.join(names)}: {why}" if names else f"the system refuses: {why}",
         next_step=_AFTER.get(error.errno or 0, "Look at that path there; `llorch-pool doctor` checks every folder."),
         code="system",
+    )
+
+
+def disk_full(path: str) -> PoolError:
+    """The disk that holds `path` ("": it isn't known) is full."""
+    return PoolError(
+        f"no space left on the disk{f' that holds {path}' if path else ''}",
+        next_step="Free space (`llorch-pool model list` shows sizes, `llorch-pool model remove NAME` deletes), "
+        "and run it again.",
+        code="disk_full",
     )
 
 

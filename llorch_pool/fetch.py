@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from llorch_pool.context import Context
-from llorch_pool.errors import PoolError
-from llorch_pool.files import disk_full, sync_folder
+from llorch_pool.errors import PoolError, disk_full
+from llorch_pool.files import sync_folder
 from llorch_pool.model_source import CHUNK_BYTES, Source, SourceFile, TransientError
 from llorch_wire.pool import FileRecord, Progress
 
@@ -154,7 +154,7 @@ class _Download:
             return type(error).__name__, 0.0
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise disk_full(self._target) from error
+                raise disk_full(str(self._target)) from error
             return error.strerror or str(error) or type(error).__name__, 0.0
         return "the connection ended early", 0.0
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from llorch_pool.context import Context
-from llorch_pool.errors import PoolError
+from llorch_pool.errors import PoolError, disk_full
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -32,7 +32,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(path) from error
+            raise disk_full(str(path)) from error
         raise
     sync_folder(path.parent)
 
@@ -44,16 +44,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def disk_full(path: Path) -> PoolError:
-    """The disk that holds `path` is full."""
-    return PoolError(
-        f"no space left on the disk that holds {path}",
-        next_step="Free space (`llorch-pool model list` shows sizes, `llorch-pool model remove NAME` deletes), "
-        "and run it again.",
-        code="disk_full",
-    )
 
 
 @contextlib.contextmanager

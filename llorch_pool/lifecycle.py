@@ -193,10 +193,10 @@ class Unlisted(NamedTuple):
     def next_step(self) -> str:
         """What to do about it. Tasks may run there: it is drained first."""
         if not self.serves_at:
-            return "`llorch-pool worker cleanup` removes what is left of it"
+            return "`worker cleanup` removes what is left of it"
         return (
             f"drain it (`llorch worker drain {self.worker_id}`, or where no orchestratord has it `kill {self.pid}`), "
-            "then `llorch-pool worker cleanup`"
+            "then `worker cleanup`"
         )
 
 

@@ -160,6 +160,14 @@ def test_of_a_lost_worker_it_is_said(
     assert cli.main(["worker", verb, "ok", "w", "--url", server.url]) == 3
 
 
+def test_one_that_drains_by_itself_does_not_take_tasks_again(
+    server: Scripted, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.on("POST /v2/workers/w/undrain", as_json({"worker_id": "w", "state": "draining"}))
+    assert cli.main(["worker", "undrain", "w", "--url", server.url]) == 0
+    assert "w: is draining by itself, and takes no tasks yet" in capfd.readouterr().err
+
+
 def test_a_state_that_no_worker_has_is_refused(server: Scripted, capfd: pytest.CaptureFixture[str]) -> None:
     server.on("GET /v2/workers", as_json({"workers": [{"worker_id": "w", "state": "lost"}]}))
     assert cli.main(["worker", "list", "--state", "bogus", "--url", server.url]) == 2
