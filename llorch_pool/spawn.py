@@ -175,6 +175,9 @@ def claim(context: Context, registry: Registry, record: WorkerRecord, request: W
                     f"worker {record.worker_id} runs already{which}",
                     f"Choose another --id, or stop it first: `llorch-pool worker stop {record.worker_id}`.",
                 )
+        for hidden in lifecycle.unlisted(registry):
+            if hidden.worker_id == record.worker_id and hidden.pid:
+                raise PoolError(hidden.text, next_step=f"Choose another --id, or {hidden.next_step}.", code="damaged")
         _drop_unstarted(registry)
         device = devices.choose(list_devices(registry), need, request.device, force=request.force)
         now = round(time.time() * 1000)

@@ -19,8 +19,8 @@ from llorch_pool.context import Context
 from llorch_pool.dispatch import execute
 from llorch_pool.errors import PoolError
 from llorch_pool.registry import MARKER, Registry, WorkerRecord
-from llorch_wire.pool import ModelShow, WorkerCleanup, WorkerList, WorkerStop
-from tests.unit.llorch_pool.conftest import Events
+from llorch_wire.pool import ModelShow, WorkerCleanup, WorkerList, WorkerSpawn, WorkerStop
+from tests.unit.llorch_pool.conftest import Events, write_model
 
 SERVER = """
 import http.server, json, os, sys
@@ -91,6 +91,20 @@ def test_a_damaged_entry_of_a_worker_that_serves_is_said_and_nothing_of_it_goes(
     events.clear()
     execute(context, WorkerStop(all=True, grace_s=0))
     assert "not stopped: the entry of worker w0" in events.logs() and process.poll() is None
+
+
+def test_no_second_worker_is_started_under_its_name(
+    context: Context,
+    registry: Registry,
+    worker: Callable[[str], subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    process = worker("ready")
+    registry.file("w0", "json").write_text("{")
+    model = write_model(tmp_path / "model", numbers=100)
+    with pytest.raises(PoolError, match=f"can't be read .* but pid {process.pid} runs"):
+        execute(context, WorkerSpawn(model=f"file:{model}", worker_id="w0"))
+    assert registry.file("w0", "json").read_text() == "{" and process.poll() is None
 
 
 def test_a_worker_that_serves_without_an_entry_is_left_alone_and_said(
