@@ -6,12 +6,15 @@ Figures here may be a second old; decisions that matter are taken by the store's
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
 
 from llorch_wire.tasks import Priority
 from orchestratord.forecast import Forecast, ForecastBook, predict
 from orchestratord.planner import free_for
-from orchestratord.store.types import ServiceRates, WorkerView
+from orchestratord.routing import is_bound, may_take
+from orchestratord.store.types import PlacementSpec, ServiceRates, Snapshot, WorkerView
 from orchestratord.values import ModelView, PoolView
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ RATES_FRESH_S = 1.0
 SLOTS_FRESH_S = 1.0
 MAX_MODELS = 10_000
 
+Slots: TypeAlias = tuple[Snapshot, int, dict[Priority, int]]
+
 
 class FleetView:
     """What this process lately knew of the fleet."""
@@ -30,7 +35,7 @@ class FleetView:
         self._house = house
         self._workers: tuple[float, list[WorkerView]] = (float("-inf"), [])
         self._rates: dict[str, tuple[float, ServiceRates | None]] = {}
-        self._slots_of: dict[str, tuple[float, tuple[int, dict[Priority, int]]]] = {}
+        self._slots_of: dict[str, tuple[float, Slots]] = {}
         self._models: frozenset[str] = frozenset()
         self.book = ForecastBook()
 
@@ -60,9 +65,14 @@ class FleetView:
             self._rates[model] = (now, rates)
         return rates
 
-    async def forecast(self, model: str, position: int, priority: Priority) -> Forecast | None:
-        """When the task at this place of the model's queue (1: the next) will start."""
-        slots_total, free = await self._slots(model)
+    async def forecast(
+        self, model: str, position: int, priority: Priority, placement: PlacementSpec | None = None
+    ) -> Forecast | None:
+        """When the task at this place of the model's queue (1: the next) will start; None while no ready worker may
+        take it."""
+        view, slots_total, free = await self._slots(model)
+        if placement is not None and is_bound(placement):
+            slots_total, free = self._count(_only_for(view, placement))
         return predict(
             max(0, position - 1),
             slots_total=slots_total,
@@ -70,21 +80,31 @@ class FleetView:
             rates=await self.rates(model),
         )
 
-    async def _slots(self, model: str) -> tuple[int, dict[Priority, int]]:
-        """Slots in all, and those that each class can have, at most a second old."""
+    async def _slots(self, model: str) -> Slots:
+        """The model's workers, their slots in all, and those that each class can have; at most a second old."""
         now = time.monotonic()
-        read_at, slots = self._slots_of.get(model, (float("-inf"), (0, {})))
-        if now - read_at >= SLOTS_FRESH_S:
+        read_at, slots = self._slots_of.get(model, (float("-inf"), None))
+        if slots is None or now - read_at >= SLOTS_FRESH_S:
             view = await self._house.store.snapshot(model, per_queue=1)
-            preempt = self._house.settings.preempt
-            free: dict[Priority, int] = {
-                "interactive": free_for("interactive", view, preempt=preempt), "batch": free_for("batch", view),
-            }  # fmt: skip
-            slots = (sum(worker.slots_total for worker in view.workers if worker.state == "ready"), free)
+            slots = (view, *self._count(view))
             if len(self._slots_of) >= MAX_MODELS:
                 self._slots_of.clear()
             self._slots_of[model] = (now, slots)
         return slots
+
+    def _count(self, view: Snapshot) -> tuple[int, dict[Priority, int]]:
+        """Slots in all, and those that each class can have."""
+        preempt = self._house.settings.preempt
+        free: dict[Priority, int] = {
+            "interactive": free_for("interactive", view, preempt=preempt), "batch": free_for("batch", view),
+        }  # fmt: skip
+        return sum(worker.slots_total for worker in view.workers if worker.state == "ready"), free
+
+
+def _only_for(view: Snapshot, placement: PlacementSpec) -> Snapshot:
+    """The snapshot with those workers alone that a task so placed may run on."""
+    workers = tuple(worker for worker in view.workers if may_take(placement, worker))
+    return msgspec.structs.replace(view, workers=workers)
 
 
 def by_model(models: frozenset[str], workers: list[WorkerView]) -> list[ModelView]:

@@ -297,7 +297,7 @@ class Followers:
             position = record.queue_position if record is not None else None
             if record is None or not position or position == follower.queue_position:
                 continue
-            forecast = await self._house.fleet.forecast(record.model, position, record.priority)
+            forecast = await self._house.fleet.forecast(record.model, position, record.priority, record.placement)
             if follower.queue_position is None:
                 continue  # it has started meanwhile
             event = QueuedEvent(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestratord.fairness import waiting_since_ms
-from orchestratord.store.types import QueuedTask, WorkerView
+from orchestratord.store.types import PlacementSpec, QueuedTask, WorkerView
 
 KV_STEPS = 8
 """Heartbeats report KV blocks a moment late: eighths are as fine as that figure is worth."""
@@ -57,13 +57,22 @@ class Fleet:
 
 def suitable(task: QueuedTask, worker: WorkerView) -> bool:
     """Whether the worker may ever run the task: hard constraints only, whatever runs there now."""
-    placement = task.placement
     if worker.state != "ready" or worker.model != task.model:
         return False
     if task.required_digest is not None and task.required_digest != worker.model_digest:
         return False
     if task.required_dtype is not None and task.required_dtype != worker.dtype:
         return False
+    return may_take(task.placement, worker)
+
+
+def is_bound(placement: PlacementSpec) -> bool:
+    """Whether there may be workers that a task so placed never runs on."""
+    return placement.mode == "pin" or not placement.allow_fallback
+
+
+def may_take(placement: PlacementSpec, worker: WorkerView) -> bool:
+    """Whether a placement lets the task run on the worker, ever."""
     if placement.mode == "pin":
         return placement.pin_worker in (None, worker.worker_id) and placement.pin_pool in (None, worker.pool)
     if placement.allow_fallback:

@@ -14,7 +14,7 @@ from orchestratord.forecast import Forecast, next_turn
 from orchestratord.settings import Tenant
 from orchestratord.stopping import stop_attempt
 from orchestratord.store.errors import StoreUnavailableError
-from orchestratord.store.types import Admitted, NewTask, Refused
+from orchestratord.store.types import Admitted, NewTask, PlacementSpec, Refused
 from orchestratord.surface import STORE_RETRY_MS, Surface, store_unavailable
 from orchestratord.values import StreamItem, Submitted, TaskView
 
@@ -81,7 +81,7 @@ class TaskSurface(Surface):
         result = await self._stored(self._store.admit(task, self._settings.limits))
         if isinstance(result, Refused):
             raise await self._refusal(result, task)
-        return await self._submitted(result, drawn.now_ms, task.priority)
+        return await self._submitted(result, drawn.now_ms, task)
 
     async def _deadline_figures(self, request: TaskRequest) -> tuple[Forecast | None, float | None]:
         """Where a task admitted now would stand in time; only looked up for one that has a deadline."""
@@ -107,12 +107,12 @@ class TaskSurface(Surface):
         known = await self._stored(self._house.fleet.known_models())
         return refusal(refused, self._settings.limits, known, wait_ms, task.model)
 
-    async def _submitted(self, admitted: Admitted, now_ms: int, priority: Priority) -> Submitted:
+    async def _submitted(self, admitted: Admitted, now_ms: int, task: NewTask) -> Submitted:
         forecast = None
         if admitted.created:
             self._house.wake_dispatcher(admitted.model)
         if admitted.status == "queued":
-            forecast = await self._forecast(admitted.model, admitted.queue_position, priority)
+            forecast = await self._forecast(admitted.model, admitted.queue_position, task.priority, task.placement)
         if forecast is not None and admitted.created:
             self._house.fleet.book.note(admitted.task_id, forecast, now_ms)
         return Submitted(
@@ -127,10 +127,12 @@ class TaskSurface(Surface):
             created_at_ms=admitted.created_at_ms,
         )
 
-    async def _forecast(self, model: str, position: int, priority: Priority) -> Forecast | None:
+    async def _forecast(
+        self, model: str, position: int, priority: Priority, placement: PlacementSpec
+    ) -> Forecast | None:
         """A forecast is a courtesy: none when Redis has just gone away."""
         try:
-            return await self._house.fleet.forecast(model, position, priority)
+            return await self._house.fleet.forecast(model, position, priority, placement)
         except StoreUnavailableError:
             return None
 
@@ -152,7 +154,7 @@ class TaskSurface(Surface):
                 break
         forecast = None
         if record.status == "queued" and record.queue_position and record.attempt == 0:
-            forecast = await self._forecast(record.model, record.queue_position, record.priority)
+            forecast = await self._forecast(record.model, record.queue_position, record.priority, record.placement)
         return TaskView(
             record=record,
             text="".join(parts),

@@ -88,6 +88,7 @@ RECORD_FIELDS = (
     "on_disconnect",
     "session_id",
     "callback_url",
+    "placement",
     "sequence",
 )
 WORKER_FIELDS = (
@@ -185,6 +186,7 @@ def task_record(values: Sequence[bytes | None], position: int) -> TaskRecord:
     row["end"] = None if row["end"] is None else _decode_end(row["end"])
     row["error"] = None if row["error"] is None else _decode_error(row["error"])
     row["metadata"] = _decode_metadata(row["metadata"])
+    row["placement"] = _decode_placement(row["placement"])
     return _struct(TaskRecord, row)
 
 

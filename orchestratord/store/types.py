@@ -257,6 +257,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect
     session_id: str | None
     callback_url: str | None
+    placement: PlacementSpec = PlacementSpec()
 
 
 class CancelOutcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -317,6 +317,36 @@ async def test_a_stream_that_cannot_begin_without_redis_is_a_503(
             await asyncio.sleep(0.1)
 
 
+async def test_no_start_is_predicted_where_no_ready_worker_may_take_the_task(
+    daemon: str, worker: ScriptedWorker, http: aiohttp.ClientSession
+) -> None:
+    here = {"mode": "pin", "pin_worker": "w1"}
+    assert (await post(http, daemon, placement=here))["predicted_start_ms"] is not None
+    for placement in (
+        {"mode": "pin", "pin_worker": "nobody"},
+        {"mode": "pin", "pin_pool": "nowhere"},
+        {"mode": "prefer", "prefer_pools": ["nowhere"], "allow_fallback": False},
+    ):
+        task = await post(http, daemon, placement=placement)
+        assert (task["status"], task["predicted_start_ms"], task["predicted_start_p90_ms"]) == ("queued", None, None)
+        async with http.get(f"{daemon}/v2/tasks/{task['task_id']}") as reply:
+            assert (await reply.json()).get("predicted_start_ms") is None
+        async with http.get(daemon + task["events_url"]) as reply:
+            seen = [frame async for frame in _first(frames_of(reply), 2)]
+        assert [json.loads(frame.data).get("predicted_start_ms") for frame in seen] == [None, None]
+        async with http.delete(f"{daemon}/v2/tasks/{task['task_id']}") as reply:
+            assert reply.status == 200
+
+
+async def _first(frames: AsyncIterator[SseFrame], count: int) -> AsyncIterator[SseFrame]:
+    """That many; the second `queued` of a waiting task comes within a second or two."""
+    async for frame in frames:
+        yield frame
+        count -= 1
+        if not count:
+            return
+
+
 async def test_undraining_answers_the_state_to_come(
     daemon: str, worker: ScriptedWorker, http: aiohttp.ClientSession, redis: RedisProcess
 ) -> None:
