@@ -138,7 +138,7 @@ def refusal(refused: Refused, limits: QueueLimits, known_models: Collection[str]
     if refused.reason == "memory":
         return ApiError(
             ErrorCode.STORE_UNAVAILABLE,
-            "the store is nearly out of memory: try again later, or raise Redis' maxmemory",
+            "the store is nearly out of memory: try again later, or raise Redis' maxmemory (--redis-memory-mb)",
             retry_after_ms=max(wait_ms, 5_000),
         )
     if refused.reason == "model_unknown":
