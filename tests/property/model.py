@@ -106,7 +106,11 @@ class Model:
         held = self.keys.get((task.tenant, task.key)) if task.key else None
         existing = self.tasks.get(held or task.task_id)
         if existing is not None:
-            return "known" if existing.tenant == task.tenant and existing.task_id == task.task_id else "conflict"
+            if existing.tenant != task.tenant or existing.task_id != task.task_id:
+                return "conflict"
+            if task.key:  # a key that comes with a known id stands for it from then on, beside others
+                self.keys[(task.tenant, task.key)] = task.task_id
+            return "known"
         if not self.known:
             return "model_unknown"
         if len(self.waiting()) >= per_model:
@@ -267,8 +271,7 @@ class Model:
         if task is None or task.live:
             return False
         del self.tasks[task_id]
-        if task.key:
-            del self.keys[(task.tenant, task.key)]
+        self.keys = {key: name for key, name in self.keys.items() if name != task_id}
         return True
 
     def _lose(self, worker: Worker) -> None:
