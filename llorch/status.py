@@ -15,7 +15,7 @@ import typer
 
 from llorch.errors import ApiFailure, Unreachable
 from llorch.http import Api, connect, rows
-from llorch.options import UrlOption
+from llorch.options import UrlOption, finite
 from llorch.output import Column, Format, JsonOption, OutputOption, chosen, clean, duration, size, table, use_color
 from llorch.queue import COLUMNS as QUEUE_COLUMNS
 
@@ -54,7 +54,9 @@ class Alert(NamedTuple):
 
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and show what happens as it happens.")] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.2, max=3600, help="Seconds between looks.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.2, max=3600, help="Seconds between looks.", callback=finite)
+    ] = 1.0,
     url: UrlOption = None,
     output: OutputOption = None,
     as_json: JsonOption = False,

@@ -9,7 +9,7 @@ import typer
 
 from llorch.errors import CliError, PartialFailure, UsageProblem
 from llorch.http import Api, connect, rows, segment
-from llorch.options import UrlOption
+from llorch.options import UrlOption, finite
 from llorch.output import Column, JsonOption, OutputOption, chosen, duration, emit, emit_record, say
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Tasks.")
@@ -82,7 +82,8 @@ def watch(
     task_id: TaskIdArgument,
     after: Annotated[str | None, typer.Option("--after", help="Only what follows this event id.")] = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=0, help="Seconds to go on trying to reach orchestratord.")
+        float | None,
+        typer.Option("--timeout", min=0, help="Seconds to go on trying to reach orchestratord.", callback=finite),
     ] = None,
     url: UrlOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the events, one JSON object a line.")] = False,

@@ -144,10 +144,10 @@ def remote(pool: Pool, rc: int, failure: Failure | None) -> CliError:
     """What llorch-pool itself answered, with its exit code kept."""
     if failure is None:
         return _named(CliError(f"{pool.name}: failed with status {rc}", next_step="llorch pool doctor"), "failed")
-    text = f"{pool.name}: {_from_afar(failure.message, pool)}"
+    text = f"{pool.name}: {from_afar(failure.message, pool)}"
     if failure.detail:
         text += "\n" + "\n".join(f"  {line}" for line in failure.detail.splitlines())
-    step = _from_afar(failure.next_step, pool) or f"llorch pool doctor -p {pool.name}"
+    step = from_afar(failure.next_step, pool) or f"llorch pool doctor -p {pool.name}"
     if rc == RC_USAGE:
         from llorch.errors import UsageProblem
 
@@ -156,10 +156,15 @@ def remote(pool: Pool, rc: int, failure: Failure | None) -> CliError:
     return _named(kinds.get(rc, CliError)(text, next_step=step), failure.code)
 
 
-def _from_afar(text: str, pool: Pool) -> str:
+_HERE_TOO = "(?:model (?:download|list|show|verify|remove)|worker (?:spawn|list|stop-all|stop|logs|cleanup))"
+"""Commands of llorch-pool that llorch has too."""
+
+
+def from_afar(text: str, pool: Pool) -> str:
     """A pool names commands as they are typed on it; here they are typed with its name."""
-    text = re.sub(r"`llorch-pool ((?:model|worker) [^`]+)`", rf"`llorch \1 -p {pool.name}`", text)
-    return text.replace("`llorch pool bootstrap NAME`", f"`llorch pool bootstrap {pool.name}`")
+    text = re.sub(rf"`llorch-pool ({_HERE_TOO} [^`]+|{_HERE_TOO})`", rf"`llorch \1 -p {pool.name}`", text)
+    text = re.sub(rf"(?<!`)\bllorch-pool ({_HERE_TOO}(?: (?!then\b)[^\s`,;]+)*)", rf"llorch \1 -p {pool.name}", text)
+    return text.replace("llorch pool bootstrap NAME", f"llorch pool bootstrap {pool.name}")
 
 
 def kind_of(error: CliError) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 import typer
 
+from llorch.options import finite
 from llorch.output import Column, Format, chosen, emit
 from llorch_wire import pool as wire
 
@@ -28,7 +29,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 def TimeoutOption(help_text: str = "Seconds until a pool counts as too slow.") -> Any:  # noqa: N802 - an option
     """`--timeout`, in seconds."""
-    return typer.Option("--timeout", min=0.1, max=7 * 24 * 3600, help=help_text)
+    return typer.Option("--timeout", min=0.1, max=7 * 24 * 3600, help=help_text, callback=finite)
 
 
 def app(help_text: str) -> typer.Typer:
@@ -101,6 +102,8 @@ def answer(
 
 def rows_of(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, Any]]:
     """Every answered struct as a row, with its pool first."""
+    from llorch.fleet.failures import from_afar
+
     rows: list[dict[str, Any]] = []
     for outcome in outcomes:
         if outcome.value is None:
@@ -108,7 +111,10 @@ def rows_of(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, Any]]:
         values: list[Any] = outcome.value if isinstance(outcome.value, list) else [outcome.value]
         for value in values:
             # `pool` may also be a field of the value: what orchestratord knows the machine as.
-            rows.append({**msgspec.to_builtins(value), "pool": outcome.pool.name})
+            row = {**msgspec.to_builtins(value), "pool": outcome.pool.name}
+            if isinstance(value, wire.Finding):
+                row["repair"] = from_afar(value.repair, outcome.pool)
+            rows.append(row)
     return [{"pool": row.pop("pool"), **row} for row in rows]
 
 

@@ -88,3 +88,21 @@ def test_the_ssh_command_to_try_has_the_port_and_the_key() -> None:
     assert "ssh -p 2222 -i '/my key' me@10.0.0.5" in failures.silent(pool, 1).next_step
     changed = failures.transport(POOL._replace(host="fd00::1"), 255, CHANGED).next_step
     assert changed.endswith("llorch pool add --replace gpu1 'me@[fd00::1]:2222'")
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ("llorch-pool worker cleanup", "llorch worker cleanup -p gpu1"),
+        ("`llorch-pool worker list`, then look", "`llorch worker list -p gpu1`, then look"),
+        (
+            "llorch-pool model remove --force m0, then download it again",
+            "llorch model remove --force m0 -p gpu1, then download it again",
+        ),
+        ("llorch-pool model verify NAME then", "llorch model verify NAME -p gpu1 then"),
+        ("llorch-pool worker restore", "llorch-pool worker restore"),
+        ("llorch pool bootstrap NAME, or pip", "llorch pool bootstrap gpu1, or pip"),
+    ],
+)
+def test_commands_are_told_as_they_are_typed_here(there: str, here: str) -> None:
+    assert failures.from_afar(there, POOL) == here
