@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from worker.http_limits import BoundedHttpProtocol
+from worker.http_limits import Connection
 from worker.settings import Settings
 
 DEAD_PEER_MS = 30_000
@@ -24,7 +24,7 @@ async def serving(group: asyncio.TaskGroup, app: ASGIApp, sock: socket.socket) -
     """Serve `app` on a listening socket while the body runs; afterwards open streams get two seconds."""
     config = uvicorn.Config(
         app,
-        http=BoundedHttpProtocol,
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,10 +1,9 @@
-"""uvicorn with bounds: header size and time, dead peers, connections. Read `BoundedProtocol` first.
+"""uvicorn with bounds: header size and time, dead peers, connections. Read `Connection` first.
 
-What uvicorn's httptools protocol leaves open, and what closes it here:
+What uvicorn's httptools protocol leaves open, and what closes it here (heads: see llorch_wire.bounded_http):
 
-    request head of any size               MAX_HEAD_BYTES → 431
-    request head that never ends           HEAD_TIMEOUT_S from the first byte (or from the connect) → closed;
-                                           while an answer is on its way, from the end of that answer
+    request head of any size               431
+    request head that never ends           closed
     body that goes on after the answer     LINGER_S → closed
     peer that vanished without a FIN       TCP keep-alive and TCP_USER_TIMEOUT, together below 20 s → closed
     malformed HTTP                         answered in our error shape
@@ -21,23 +20,16 @@ from collections.abc import Generator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from llorch_wire.errors import ErrorCode, LlorchError
+from llorch_wire.bounded_http import BoundedProtocol
+from llorch_wire.errors import ErrorCode
 from orchestratord.api.context import new_correlation_id
 
-MAX_HEAD_BYTES = 64 * 1024
-HEAD_TIMEOUT_S = 10.0
 LINGER_S = 10.0
 PEER_TIMEOUT_MS = 12_000
-_HEAD_TOO_LARGE = f"the request head is larger than {MAX_HEAD_BYTES} bytes; send fewer or shorter headers"
 
 # Linux: probe an idle peer after 5 s, every 3 s, three times; elsewhere the system's defaults apply.
 _TCP_OPTIONS = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", PEER_TIMEOUT_MS))
-
-
-class HeadTooLargeError(LlorchError):
-    """A request's head is larger than the bound."""
 
 
 class BoundedServer(uvicorn.Server):
@@ -49,71 +41,32 @@ class BoundedServer(uvicorn.Server):
         yield
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class Connection(BoundedProtocol):
     """One connection."""
 
-    _head_bytes = 0
-    _parsed_bytes = 0
-    _in_head = True
-    _head_begun = False
-    _head_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Start the clock for the first request's head."""
+        """Refuse connections over the bound, and have the kernel watch the others' peers."""
         super().connection_made(transport)
         limit = self.config.limit_concurrency
         if limit is not None and len(self.connections) >= limit:
             transport.abort()
             return
         _watch_peer(transport.get_extra_info("socket"))
-        self._arm_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop every clock."""
-        self._stop_head_timer()
         self._stop_linger_timer()
         super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head before they are parsed."""
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and not self._is_answering():  # any byte, for uvicorn stops its own clock at any byte
-            self._arm_head_timer()
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, ErrorCode.INVALID_PARAMS, _HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         """A request begins; hand the app a way to cut this connection at once."""
         super().on_message_begin()
-        self._head_begun = True
-        self._parsed_bytes = 0
         self.scope["extensions"] = {"llorch.connection": {"abort": self.transport.abort}}
 
-    def on_url(self, url: bytes) -> None:
-        """Count what the parser has seen: a head that comes whole, in one piece, is bounded too."""
-        self._parsed_bytes += len(url)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count, as for the URL."""
-        self._parsed_bytes += len(name) + len(value) + len(b": \r\n")
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """The head is complete: from here the body's own bounds count."""
-        if self._parsed_bytes > MAX_HEAD_BYTES:
-            raise HeadTooLargeError  # the parser stops, and uvicorn asks for a 400
-        self._in_head = self._head_begun = False
-        self._stop_head_timer()
-        super().on_headers_complete()
-
     def on_message_complete(self) -> None:
-        """The next byte belongs to another head."""
-        self._in_head = True
-        self._head_bytes = 0
+        """The body has come whole."""
         self._stop_linger_timer()
         super().on_message_complete()
 
@@ -123,15 +76,19 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if unfinished and not self.transport.is_closing():
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
-        if self._head_begun and not self._is_answering():
-            self._arm_head_timer()
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what isn't HTTP, or has too large a head, in our own shape."""
-        if self._parsed_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, ErrorCode.INVALID_PARAMS, _HEAD_TOO_LARGE)
-        else:
-            self._refuse(400, ErrorCode.INVALID_PARAMS, "this is not a valid HTTP/1.1 request")
+    def head_too_large(self) -> None:
+        """431."""
+        message = f"the request head is larger than {self.max_head_bytes} bytes; send fewer or shorter headers"
+        self._refuse(431, ErrorCode.INVALID_PARAMS, message)
+
+    def malformed(self) -> None:
+        """400, in our own shape."""
+        self._refuse(400, ErrorCode.INVALID_PARAMS, "this is not a valid HTTP/1.1 request")
+
+    def head_too_slow(self) -> None:
+        """Closed without a word: nobody waits for one."""
+        self.transport.abort()
 
     def _refuse(self, status: int, code: ErrorCode, message: str) -> None:
         identity = new_correlation_id()
@@ -144,21 +101,6 @@ class BoundedProtocol(HttpToolsProtocol):
             % (status, reason, len(body), identity.encode(), body)
         )
         self.transport.close()
-
-    def _is_answering(self) -> bool:
-        """Whether an answer is on its way: until it is complete, nothing that follows the request may cut it short,
-        least of all a line end after the body, which RFC 9112 (2.2) has a server ignore."""
-        cycle: Any = self.cycle  # None before the first request, whatever its type says
-        return cycle is not None and not cycle.response_complete
-
-    def _arm_head_timer(self) -> None:
-        if self._head_timer is None and not self.transport.is_closing():
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
-
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
 
     def _stop_linger_timer(self) -> None:
         if self._linger_timer is not None:
@@ -182,7 +124,7 @@ def make_server(app: Any, *, max_connections: int, graceful_s: float) -> Bounded
     """A server for `app`; give it bound sockets with `serve(sockets=[...])`."""
     config = uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -203,7 +203,7 @@ async def test_the_fleet_feed_streams(server: str, http: aiohttp.ClientSession) 
 
 
 async def test_an_idle_connection_without_a_request_is_closed(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestratord.api.server.HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("orchestratord.api.server.Connection.head_timeout_s", 0.2)
     for start in (b"", b"GET /health HTTP/1.1\r\nHost: localh"):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
         writer.write(start)
@@ -218,7 +218,7 @@ async def test_what_follows_a_request_never_cuts_its_stream(
     memory: MemoryOrchestrator, monkeypatch: pytest.MonkeyPatch, stray: bytes
 ) -> None:
     """RFC 9112, 2.2: a line end after a body is ignored. What begins the next request waits for this one's answer."""
-    monkeypatch.setattr("orchestratord.api.server.HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("orchestratord.api.server.Connection.head_timeout_s", 0.2)
     memory.hold = True
     async with serving(memory, Settings(keep_alive_ms=100)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
@@ -249,7 +249,7 @@ async def test_a_kept_connection_has_a_deadline_for_its_next_head(
     async with asyncio.timeout(10):
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await reader.readuntil(b"}")
-        monkeypatch.setattr("orchestratord.api.server.HEAD_TIMEOUT_S", 0.2)
+        monkeypatch.setattr("orchestratord.api.server.Connection.head_timeout_s", 0.2)
         writer.write(start)
         with contextlib.suppress(ConnectionResetError):
             assert await reader.read() == b""

@@ -91,7 +91,7 @@ async def test_a_hopeless_deadline_is_refused_and_batch_that_will_yield_makes_no
     with pytest.raises(ApiError) as refused:
         await town.submit(deadline_ms=400)
     assert refused.value.code is ErrorCode.DEADLINE_UNMET and refused.value.param == "deadline_ms"
-    assert refused.value.retry_after_ms
+    assert not refused.value.retriable and refused.value.retry_after_ms is None
     for task_id in [*queued, blocker]:
         await orchestrator.cancel(task_id, None)
     batch = await town.submit(priority="batch", max_tokens=9_000, ignore_eos=True)

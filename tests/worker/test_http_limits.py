@@ -54,7 +54,7 @@ HEAD = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
 
 
 async def test_a_head_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "HEADER_DEADLINE_S", 0.2)
+    monkeypatch.setattr(http_limits.Connection, "head_timeout_s", 0.2)
     async with server() as port:
         assert (await talk(port, b"POST / HTTP/1.1\r\nx: ")).startswith(b"HTTP/1.1 408")
         assert (await talk(port)).startswith(b"HTTP/1.1 408"), "nor may a connection say nothing at all"
@@ -96,7 +96,7 @@ async def test_a_body_that_is_too_large(framing: bytes) -> None:
 
 
 async def test_an_idle_kept_alive_connection_is_not_in_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "HEADER_DEADLINE_S", 0.1)
+    monkeypatch.setattr(http_limits.Connection, "head_timeout_s", 0.1)
     request = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
     async with server() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -107,6 +107,20 @@ async def test_an_idle_kept_alive_connection_is_not_in_a_head(monkeypatch: pytes
                 await reader.read(1)
         writer.write(request)
         assert (await reader.readuntil(b"\r\n\r\n3")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+@pytest.mark.parametrize("start", [b"\r\n", b"POST / HTTP/1.1\r\nhos"])
+async def test_a_kept_connection_has_a_deadline_for_its_next_head(
+    start: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits.Connection, "head_timeout_s", 0.1)
+    async with server() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc")
+        assert (await reader.readuntil(b"\r\n\r\n3")).startswith(b"HTTP/1.1 200")
+        writer.write(start)
+        assert (await reader.read()).startswith(b"HTTP/1.1 408")
         writer.close()
 
 
