@@ -4,7 +4,7 @@
 |---|---|---|
 | Ended | worker's `end`, or an error that a retry can't mend | store.complete, then the worker may forget it |
 | Faulted | worker's retriable error, a broken protocol | requeue as a failure, elsewhere |
-| Yielded | worker's `preempted` | requeue, no failure |
+| Yielded | worker's `preempted`, or a cancel that nobody asked for | requeue, no failure unless again and again |
 | Lost | probe: no answer, or another engine instance | worker marked lost, requeue (a failure once it was delivered) |
 | Vanished | worker: no such generation (404) | requeue; a failure if this relay had been reading it |
 | Turned away | worker: 503, 409, or never reached | requeue with a pause, no failure |
@@ -39,7 +39,9 @@ class Faulted:
 
 @dataclass(frozen=True)
 class Yielded:
-    """The attempt stopped at a token boundary because it was asked to."""
+    """The attempt stopped at a token boundary because it was asked to; `unasked`: not by anybody who knows the task."""
+
+    unasked: bool = False
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,9 @@ class Relay:
                 return Faulted(f"{event.code} at the worker", crash=event.code == "INTERNAL")
             return Ended(event)
         if event.stop_reason == "CANCELLED":
-            # Who cancelled has sealed the log before; where nobody did, the task must go on elsewhere.
-            return Faulted("the worker stopped the attempt unasked")
+            # Who cancelled has sealed the log before. Where nobody did, the task must go on elsewhere: after a failover
+            # the worker may have been told to stop what Redis no longer knew of, so it is nobody's failure.
+            return Yielded(unasked=True)
         return Ended(event)
 
     def _body(self) -> bytes:

@@ -88,8 +88,8 @@ class Settlement:
                     await self._fail(relay, "worker_error", "the worker forgot the generation", crash=False)
                 else:
                     await self._requeue(relay, "handover" if relay.adopted else "worker_error", "it was not there")
-            case Yielded():
-                await self._yielded(relay)
+            case Yielded(unasked):
+                await self._yielded(relay, unasked=unasked)
             case TurnedAway(why, retry_after_ms, unreachable):
                 await self._turned_away(relay, why, retry_after_ms, unreachable=unreachable)
             case Fenced():
@@ -159,16 +159,23 @@ class Settlement:
             pause_ms=0 if relay.progressed else backoff_ms(earlier),
         )
 
-    async def _yielded(self, relay: Relay) -> None:
-        """No failure, and at once back in the queue; unless attempts yield again and again without a token."""
+    async def _yielded(self, relay: Relay, *, unasked: bool) -> None:
+        """No failure, and at once back in the queue; unless attempts yield again and again without a token.
+
+        `unasked`: the worker stopped the attempt by itself; the task goes elsewhere, after a pause.
+        """
         task_id = relay.task.task_id
         times = 0 if relay.progressed else self._idle_yields.get(task_id) + 1
         self._idle_yields.put(task_id, times)
         if times > MAX_IDLE_YIELDS:
             await self._fail(relay, "worker_error", f"it yielded {times} times without a token", crash=False)
             return
-        reason: RequeueReason = "drained" if relay.drained else "preempted"
         pause_ms = backoff_ms(times - 2, first_ms=100) if times > 1 else 0
+        if unasked:
+            pause_ms = max(pause_ms, backoff_ms(0, first_ms=100))
+            await self._requeue(relay, "worker_error", "it stopped the attempt unasked", pause_ms=pause_ms)
+            return
+        reason: RequeueReason = "drained" if relay.drained else "preempted"
         await self._requeue(relay, reason, "it yielded", avoid=False, pause_ms=pause_ms)
 
     async def _turned_away(self, relay: Relay, why: str, retry_after_ms: int | None, *, unreachable: bool) -> None:
