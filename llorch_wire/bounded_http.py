@@ -10,6 +10,7 @@ Read `BoundedProtocol` first. uvicorn bounds none of these with httptools:
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,7 +22,7 @@ class HeadTooLargeError(LlorchError):
     """A request's head is larger than the bound."""
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpToolsProtocol, ABC):
     """One connection. A subclass says how it refuses; `transport` is closed by that."""
 
     max_head_bytes = 64 * 1024
@@ -35,17 +36,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # ---- what a subclass says
 
+    @abstractmethod
     def head_too_large(self) -> None:
         """Answer, and close."""
-        raise NotImplementedError
 
+    @abstractmethod
     def malformed(self) -> None:
         """What came isn't HTTP: answer, and close."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head_too_slow(self) -> None:
         """Answer, if at all, and close."""
-        raise NotImplementedError
 
     # ---- the connection
 

@@ -24,6 +24,6 @@ def missing_service() -> Callable[[str], NoReturn]:
     def refuse(reason: str) -> NoReturn:
         if os.environ.get("CI") == "true":
             pytest.fail(f"needed in CI: {reason}")
-        pytest.skip(reason)
+        pytest.skip(reason)  # a developer's machine may lack sshd, ip or Chromium
 
     return refuse

@@ -59,6 +59,7 @@ def a_python_for_everybody() -> bool:
 
 def test_a_bootstrap_without_root(op: Operator, net: Network, ground: Path, snapshot: dict[str, str]) -> None:
     if not a_python_for_everybody():
+        # A Python in root's home can't be run by another user, however the bootstrap is written.
         pytest.skip("there is no Python from 3.11 on that an ordinary user could use")
     for folder in (ground, *ground.iterdir()):
         folder.chmod(0o711) if folder.is_dir() else None

@@ -22,7 +22,7 @@ KEY = {"LLORCH_WORKER_KEY": WORKER_KEY}
 @pytest.fixture(scope="module", autouse=True)
 def user_manager() -> None:
     if reason := booted.missing_tools():
-        pytest.skip(reason)
+        pytest.skip(reason)  # a real systemd user manager is started here, and containers may not let it
 
 
 @pytest.fixture(scope="module")

@@ -10,5 +10,5 @@ import torch
 def cuda() -> torch.device:
     """The device, or a skip."""
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("no CUDA device")  # marked `gpu` besides: `make test` doesn't even collect these
     return torch.device("cuda", torch.cuda.current_device())

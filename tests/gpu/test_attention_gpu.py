@@ -18,7 +18,7 @@ def build(name: str, case, dtype: torch.dtype, device: torch.device):
     shape = KVShape(1, case.kv_heads, case.head_dim, dtype)
     reason = next(c for c in candidates() if c.name == name).unavailable(shape, device)
     if reason is not None:
-        pytest.skip(f"{name}: {reason}")
+        pytest.skip(f"{name}: {reason}")  # only for what this GPU or this installation can't have
     backend = choose_attention(name, case.heads, shape, device)  # a self-test that fails fails the test
     size = backend.block_tokens or 16
     cache = KVCache(shape, num_blocks=8192 // size, block_tokens=size, device=device)

@@ -6,6 +6,7 @@ A prompt may begin with a directive (`!error`, `!stall`, `!exit`): see tests.sup
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,7 @@ class Generation:
         news.set()
 
 
-class ScriptedEngine:
+class ScriptedEngine(ABC):
     """The engine. `freeze` stops it, and whoever waits for `thawed`."""
 
     def __init__(self, *, slots: int, token_ms: float, orphan_grace_s: float) -> None:
@@ -77,9 +78,9 @@ class ScriptedEngine:
         """What this worker generates there: what every other does."""
         return scripted_tokens.token(seed, index, last, ends_by_eos)
 
+    @abstractmethod
     def crash(self) -> None:
         """What `!exit` does."""
-        raise NotImplementedError
 
     def begin(self, body: ExecuteRequest) -> Generation:
         """A new generation, in a slot."""

@@ -47,7 +47,8 @@ def _attend(
     """query [1, heads, rows, size], key and value [1, kv heads, rows, size] → [1, rows, heads, size]."""
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with `{name}` is not supported")
+            # The trial forward at start comes here first: the model is refused for good, with this as the reason.
+            raise ValueError(f"the model's attention has `{name}`, which no kernel here takes into account")
     attention: Attention = kwargs["packed_attention"]
     layer = cast("int", module.layer_idx)
     return attention.attend(kwargs["packed_plan"], layer, query, key, value, scaling, sliding_window), None

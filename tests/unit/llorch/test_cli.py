@@ -279,7 +279,7 @@ def test_ctrl_c_at_the_edges_of_main(place: str) -> None:
 )
 def test_the_current_folder_may_be_gone(arguments: list[str], code: int, tmp_path: Path) -> None:
     if code and shutil.which("ssh") is None:
-        pytest.skip("no ssh here")
+        pytest.skip("no ssh here")  # that command's other failure, no ssh at all, would hide what is tested
     gone = tmp_path / "gone"
     gone.mkdir()
     command = ["sh", "-c", 'cd "$1" && rmdir "$1" && shift && exec "$@"', "sh", str(gone)]
