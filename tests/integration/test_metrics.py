@@ -41,6 +41,7 @@ async def test_everything_on_the_list_is_there_and_counts(town: Town) -> None:
     await until(lambda: worker.counts["tokens"] > 20, "batch runs")
     urgent = await town.submit(max_tokens=1_500, ignore_eos=True)  # preempts
     await until(lambda: worker.counts["preempts"] == 1, "batch has yielded")
+    await until(lambda: one._house.relays.has(urgent), "the urgent one has the slot, and no place in the queue")
     for _ in range(6):
         await town.submit(priority="batch")
     with pytest.raises(ApiError):
