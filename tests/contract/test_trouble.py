@@ -258,7 +258,9 @@ async def test_a_cluster_failover_is_followed() -> None:
         async with connected(group.url, timeout_s=2.0) as store, store.hints() as hints:
             await hints.subscribe("log:b")
             await lifecycle(store, "a")
-            await asyncio.to_thread(group.holder("{o}:sequence").kill)
+            holder = group.holder("{o}:sequence")
+            await asyncio.to_thread(holder.await_replica)
+            await asyncio.to_thread(holder.kill)
             await eventually(lambda: worker(store, slots_total=16), 30)
             await lifecycle(store, "b")
             async with asyncio.timeout(20):
@@ -276,6 +278,7 @@ async def test_a_sentinel_failover_is_followed() -> None:
     with sentinel_group() as group:
         async with connected(group.url) as store:
             await lifecycle(store, "a")
+            await asyncio.to_thread(group.master().await_replica)
             await asyncio.to_thread(group.fail_over)
             await eventually(lambda: worker(store, slots_total=16))
             await eventually(lambda: lifecycle(store, "b"))

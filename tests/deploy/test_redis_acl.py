@@ -127,7 +127,7 @@ async def receiver() -> AsyncIterator[tuple[str, asyncio.Event]]:
 @pytest.mark.e2e
 async def test_a_whole_house_lives_on_these_rights(server: SampleServer, tmp_path: Path) -> None:
     """Two replicas; tasks that end, are cancelled, move to another worker and another replica; a webhook; retention."""
-    flags = ("--redis-url", server.url_for(USER), "--allow-private-callbacks", "--retention-s", "1")
+    flags = ("--redis-url", server.url_for(USER), "--allow-private-callbacks", "--retention-s", "3")
     daemons = [Daemon(tmp_path / name, *flags, env={"LLORCH_WEBHOOK_SECRET": "webhook-secret-1"}) for name in "ab"]
     for daemon in daemons:
         daemon.folder.mkdir()
@@ -151,7 +151,8 @@ async def test_a_whole_house_lives_on_these_rights(server: SampleServer, tmp_pat
             await worker.die()
             assert second.process is not None
             second.process.kill()
-            assert {await status(http, first.url, task) for task in moving} == {"completed"}
+            ended = await asyncio.gather(*(status(http, first.url, task) for task in moving))  # retention is quick here
+            assert set(ended) == {"completed"}
             for path in ("/v2/queue", "/v2/workers", "/v2/pools", "/v1/models", "/v2/tasks", "/metrics", "/ready"):
                 async with http.get(first.url + path) as reply:
                     assert reply.status == 200, path

@@ -53,6 +53,12 @@ class RedisServer:
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self.url, socket_timeout=5)
 
+    def await_replica(self) -> None:
+        """Until a replica has everything written so far: replication is asynchronous, and a kill may undo the last."""
+        with contextlib.closing(redis.Redis.from_url(self.url, socket_timeout=30)) as client:
+            client.ping()  # WAIT counts from its own connection's last command
+            assert client.execute_command("WAIT", 1, 20_000) >= 1, "no replica has caught up"
+
     def start(self) -> None:
         """Starts the process and waits until it answers."""
         arguments = [part for name, value in self.options.items() for part in (f"--{name}", value)]
