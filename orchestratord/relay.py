@@ -126,10 +126,12 @@ class Relay:
         return None if await self._house.replicas.owns(self.task.task_id) else Disowned()
 
     async def _connection(self) -> Outcome | Broken:
-        after = None if self.next_index == 0 else self.next_index - 1
         try:
             async with self._house.client.execute(
-                self.task.worker_url, self._body(), after=after, correlation_id=self.task.correlation_id
+                self.task.worker_url,
+                self._body(),
+                after=self.next_index - 1,
+                correlation_id=self.task.correlation_id,
             ) as stream:
                 if stream.status != 200:
                     return await self._refused(stream)

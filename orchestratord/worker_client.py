@@ -156,15 +156,13 @@ class WorkerClient:
         )
 
     @asynccontextmanager
-    async def execute(
-        self, url: str, body: bytes, *, after: int | None, correlation_id: str
-    ) -> AsyncGenerator[WorkerStream]:
-        """Start, continue or re-attach to one attempt. `after` skips tokens up to that index.
+    async def execute(self, url: str, body: bytes, *, after: int, correlation_id: str) -> AsyncGenerator[WorkerStream]:
+        """Start, continue or re-attach to one attempt. `after` skips tokens up to that index, -1 for none.
 
         Raises WorkerUnreachableError. The connection is dropped on leaving: what runs at the worker goes on.
         """
         assert self._streams is not None
-        target = f"{url}/execute" if after is None else f"{url}/execute?after={after}"
+        target = f"{url}/execute?after={after}"
         headers = _headers(correlation_id) | {"Content-Type": "application/json", "Accept": "text/event-stream"}
         try:
             # The answer's head comes as soon as the worker has taken the request, long before the first token.

@@ -82,6 +82,19 @@ class Generation:
         """(task_id, attempt)."""
         return self.job.task_id, self.job.attempt
 
+    def is_history_of(self, seed: int, wanted: int) -> bool:
+        """Whether this attempt, drawn from that seed, has or will have the token at index `wanted`.
+
+        After a failover that lost writes an orchestrator may hand out an attempt number a second time. What runs here
+        under that number then began further on than what it asks for, or was drawn from another seed.
+        """
+        return self.seed == seed and self.first_index <= wanted
+
+    @property
+    def seed(self) -> int:
+        """What its tokens are drawn from."""
+        return self.job.sequence.sampling.seed
+
     @property
     def next_index(self) -> int:
         """Index of the next token, which is also how many the answer has so far."""

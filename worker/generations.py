@@ -6,6 +6,7 @@ in through the clock.
     who wins?
     cancel before its execute     the cancel is remembered, the execute gets 409
     same attempt twice            one generation, two readers
+    same number, other history    the newcomer: a failover has undone what the number stood for (`is_history_of`)
     higher attempt                the lower one yields (`preempted`), its slot is the newcomer's
     lower attempt                 409
     end and cancel                whichever came first; there is one terminal event
@@ -141,7 +142,11 @@ class Generations:
         An attempt that is here already stays as it is. Raises Refused (409) as `check_startable` does.
         """
         if (existing := self.find(job.task_id, job.attempt)) is not None:
-            return existing
+            if existing.is_history_of(job.sequence.sampling.seed, job.text.num_tokens):
+                return existing
+            self._log.warning("an undone attempt gives way", began_at=existing.first_index, **_named(existing))
+            self._stop(existing, PreemptedEvent(tokens_out=existing.next_index))
+            self._forget(existing)
         self.check_startable(job.task_id, job.attempt)
         lower = self._current.get(job.task_id)
         if lower is not None:

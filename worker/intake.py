@@ -43,7 +43,8 @@ class Intake:
         key = (request.task_id, request.attempt)
         while (other := self._preparing.get(key)) is not None:
             await other.wait()
-            if (generation := self._generations.find(*key)) is not None:
+            generation = self._generations.find(*key)
+            if generation is not None and generation.is_history_of(request.seed, len(request.resume_token_ids)):
                 return generation
         self._check_accepting()
         self._generations.check_startable(*key)

@@ -106,7 +106,7 @@ class WorkerApi:
         """Attach where the attempt is known here, else start it; then stream."""
         after = _after(request.query_params.get("after"))
         body = parse_execute(await read_body(request, self._max_body_bytes))
-        generation = self._service.generations.find(body.task_id, body.attempt)
+        generation = self._known(body, after)
         if body.attach_instance_id is not None and (
             generation is None or generation.started.instance_id != body.attach_instance_id
         ):
@@ -121,6 +121,17 @@ class WorkerApi:
             after = generation.first_index - 1
         reader = self._service.generations.read(generation, after)
         return EventStream(reader.chunks(), headers=HEADERS, ping=NO_PING_S, send_timeout=SEND_TIMEOUT_S)
+
+    def _known(self, body: ExecuteRequest, after: int | None) -> Generation | None:
+        """The generation that the request means. One of an undone history, which can't give what is wanted, is none."""
+        generation = self._service.generations.find(body.task_id, body.attempt)
+        if generation is None:
+            return None
+        attaches = body.attach_instance_id is not None
+        wanted = len(body.resume_token_ids) if not attaches else generation.first_index
+        wanted = wanted if after is None else after + 1
+        seed = generation.seed if attaches and "seed" not in body.model_fields_set else body.seed
+        return generation if generation.is_history_of(seed, wanted) else None
 
     async def cancel(self, request: Request) -> Response:
         """Stop an attempt."""

@@ -161,7 +161,11 @@ class ScriptedWorker(ScriptedEngine):
         except ValidationError:
             return _refuse(400, "INVALID_PARAMS", "body", "not an execute request")
         known = self.generations.get(body.task_id)
+        after = int(request.query["after"]) if "after" in request.query else None
         generation = known if known is not None and known.request.attempt == body.attempt else None
+        wanted = len(body.resume_token_ids) if after is None else after + 1
+        if generation is not None and (generation.request.seed != body.seed or generation.first_index > wanted):
+            generation = None  # of a history that a failover has undone
         if body.attach_instance_id is not None:
             if generation is None or body.attach_instance_id != self.instance_id:
                 return _refuse(404, "NOT_FOUND", "attempt", "no such generation here")
@@ -171,7 +175,7 @@ class ScriptedWorker(ScriptedEngine):
             if refused is not None:
                 return refused
             generation = self.begin(body)
-        after = int(request.query.get("after", generation.first_index - 1))
+        after = generation.first_index - 1 if after is None else after
         if after >= generation.next_index:
             return _refuse(409, "CONFLICT", "after", "ahead of this generation")
         return await self._stream(request, generation, max(0, after + 1 - generation.first_index))

@@ -89,6 +89,7 @@ def job(
     stops: tuple[str, ...] = (),
     max_tokens: int = 100,
     resumed: tuple[int, ...] = (),
+    seed: int = 0,
 ) -> Job:
     rules = EndRules(max_tokens=max_tokens, eos_token_ids=frozenset({EOS}))
     text = AnswerText(Detokenizer(TOKENIZER, frozenset({0, 1, 2})), StopMatcher(stops), rules)
@@ -98,7 +99,7 @@ def job(
         sequence_id=f"{task}.{attempt}",
         prompt_token_ids=[5],
         output_token_ids=list(resumed),
-        sampling=SamplingSpec(max_tokens=max_tokens),
+        sampling=SamplingSpec(max_tokens=max_tokens, seed=seed),
     )
     return Job(task, attempt, sequence, text)
 

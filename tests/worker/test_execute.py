@@ -189,6 +189,23 @@ async def test_a_start_that_is_read_from_beyond_its_beginning_starts_nothing(
     assert taken.ids == expected_ids(21, 250)[3:]
 
 
+async def test_an_attempt_that_a_failover_has_undone_gives_way(
+    scripted: WorkerProcess, session: aiohttp.ClientSession
+) -> None:
+    """Its number was handed out again, by a log that ends earlier or to a task that was admitted anew."""
+    whole = expected_ids(21, 200)
+    undone = request(seed=21, max_tokens=200, resume_token_ids=whole[:9])
+    first = await execute(session, scripted.url, undone, stop_after=5)
+    attach = {"task_id": undone["task_id"], "attempt": 1, "attach_instance_id": first.started["instance_id"]}
+    assert (await execute(session, scripted.url, {**attach, "seed": 21}, after=3)).status == 404
+    again = await execute(session, scripted.url, {**undone, "resume_token_ids": whole[:4]}, after=3)
+    again.check(first_index=4)
+    assert again.ids == whole[4:]
+    other = await execute(session, scripted.url, {**undone, "seed": 22, "resume_token_ids": []})
+    assert other.ids == expected_ids(22, 200)
+    assert all_free(await health(session, scripted.url))
+
+
 async def test_attach_only_never_starts_work(scripted: WorkerProcess, session: aiohttp.ClientSession) -> None:
     unknown = request(attach_instance_id="some-other-instance", prompt="hello")
     assert (await execute(session, scripted.url, unknown)).status == 404

@@ -12,7 +12,7 @@ async def test_a_wrong_address_that_is_on_record_is_one_where_nobody_answers(url
     """Every call failed in another way than expected, and what ran there ran for ever."""
     async with WorkerClient() as client:
         with pytest.raises(WorkerUnreachableError):
-            async with client.execute(url, b"{}", after=None, correlation_id="c"):
+            async with client.execute(url, b"{}", after=-1, correlation_id="c"):
                 pass
         assert await client.health(url) is None
         assert not await client.cancel(url, "t", 1, "fenced")

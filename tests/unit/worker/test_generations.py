@@ -139,6 +139,19 @@ def test_fencing_passes_the_slot_on() -> None:
     assert higher.terminal is None
 
 
+def test_an_undone_attempt_gives_its_number_and_slot_to_the_newcomer() -> None:
+    bench = Bench(slots=1)
+    undone = bench.start("t", 2, resumed=(5, 5, 5))
+    assert bench.start("t", 2, resumed=(5, 5, 5)) is undone
+    shorter = bench.start("t", 2, resumed=(5,))
+    assert isinstance(undone.terminal, PreemptedEvent)
+    assert bench.engine.cancelled == ["t.2"] and bench.generations.find("t", 2) is shorter
+    bench.generations.check_integrity()
+    other = bench.start("t", 2, seed=7)
+    assert isinstance(shorter.terminal, PreemptedEvent) and bench.generations.find("t", 2) is other
+    assert bench.generations.slots_used == 1 and bench.generations.num_retained == 0
+
+
 def test_cancelled_or_acknowledged_attempts_never_start() -> None:
     bench = Bench()
     assert bench.generations.cancel("t", 2, "cancel").found is False
