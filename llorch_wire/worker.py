@@ -132,8 +132,8 @@ class ExecuteRequest(SamplingFields):
     - New attempt: prompt | messages | prompt_token_ids, sampling, seed, `resume_token_ids` (tokens already generated:
       generation continues at index len(resume_token_ids); max_tokens counts them).
     - The same task_id and attempt again re-attaches to the generation, `?after=<i>` skips tokens up to index i (-1:
-      none). Where that generation has another seed, or began after the token that follows i, a failover has undone it:
-      a start replaces it, an attach is 404.
+      none). Where that generation has another seed, or began further on than what is asked for, a failover has undone
+      it: a start replaces it, an attach is 404.
     - `attach_instance_id` set: attach only; another instance or an unknown attempt is 404 and starts nothing.
     - A higher attempt fences a lower one of the same task.
     """

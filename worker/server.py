@@ -127,10 +127,11 @@ class WorkerApi:
         generation = self._service.generations.find(body.task_id, body.attempt)
         if generation is None:
             return None
-        attaches = body.attach_instance_id is not None
-        wanted = len(body.resume_token_ids) if not attaches else generation.first_index
-        wanted = wanted if after is None else after + 1
-        seed = generation.seed if attaches and "seed" not in body.model_fields_set else body.seed
+        if body.attach_instance_id is None:
+            seed, wanted = body.seed, len(body.resume_token_ids)
+        else:  # what it doesn't say is as it is here
+            seed = body.seed if "seed" in body.model_fields_set else generation.seed
+            wanted = generation.first_index if after is None else after + 1
         return generation if generation.is_history_of(seed, wanted) else None
 
     async def cancel(self, request: Request) -> Response:

@@ -10,8 +10,9 @@ from aiohttp import web
 from llorch_wire.events import ErrorEvent
 from llorch_wire.worker import ExecuteRequest
 from orchestratord import settle
-from tests.integration.house import TENANT, Town, read_all, until
+from tests.integration.house import TENANT, Town, read_all, tokens_of, until
 from tests.support.scripted_engine import Generation
+from tests.support.scripted_tokens import expected
 from tests.support.scripted_worker import ScriptedWorker
 
 
@@ -95,4 +96,24 @@ async def test_a_worker_that_never_gives_a_token_ends_a_task_after_a_bounded_num
     last = items[-1].event
     assert isinstance(last, ErrorEvent) and last.code == "RETRIES_EXHAUSTED"
     assert worker.counts["executes"] <= 6
+    await town.audit()
+
+
+class CancellingAtFirst(ScriptedWorker):
+    """Ends its first five generations unasked, as workers do that are told so after a failover."""
+
+    def begin(self, body: ExecuteRequest) -> Generation:
+        generation = super().begin(body)
+        if self.counts["executes"] <= 5:
+            self.end(generation, "CANCELLED")
+        return generation
+
+
+async def test_a_stop_that_nobody_asked_for_is_no_failure(town: Town) -> None:
+    orchestrator = await town.replica(max_failures=2)
+    await town.worker(kind=CancellingAtFirst)
+    task_id = await town.submit(seed=3, ignore_eos=True)
+    items = await read_all(orchestrator.follow(task_id, TENANT))
+    assert tokens_of(items) == expected(3, 20, ignore_eos=True)[0]
+    assert orchestrator.observations.counters["migrations", "worker_error"] == 5, "it wasn't preempted"
     await town.audit()

@@ -164,3 +164,22 @@ async def test_a_reader_that_came_another_way_is_told_so(town: Town) -> None:
         with pytest.raises(ApiError) as caught:
             await read_all(orchestrator.follow(task_id, TENANT, way))
         assert caught.value.code == "CONFLICT"
+
+
+async def test_an_attempt_number_that_is_handed_out_twice_is_no_failure(town: Town) -> None:
+    """The worker still runs the undone attempt 2, which began where the log no longer is: the new one replaces it."""
+    orchestrator = await town.replica()
+    worker = await town.worker(slots=1, token_ms=10)
+    task_id = await town.submit(seed=3, max_tokens=300, ignore_eos=True, priority="batch")
+    reading = asyncio.create_task(read_all(orchestrator.follow(task_id, TENANT)))
+    await until(lambda: worker.counts["tokens"] >= 20, "tokens came")
+    saved = snapshot(town)
+    await until(lambda: worker.counts["tokens"] >= 60, "more tokens came")
+    await town.finished(await town.submit(seed=1, max_tokens=5, ignore_eos=True))  # preempts
+    await until(lambda: any(g.request.attempt == 2 and g.next_index > g.first_index for g in worker.running), "resumed")
+    undo(town, saved)
+    assert tokens_of(await reading) == expected(3, 300, ignore_eos=True)[0]
+    begun = [(attempt, first) for ran, attempt, first, _ in worker.computed_ranges() if ran == task_id]
+    assert [attempt for attempt, _ in begun[:3]] == [1, 2, 2] and begun[2][1] < begun[1][1], begun
+    assert orchestrator.observations.counters["migrations", "worker_error"] == 0
+    await town.audit()

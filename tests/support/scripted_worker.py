@@ -163,7 +163,8 @@ class ScriptedWorker(ScriptedEngine):
         known = self.generations.get(body.task_id)
         after = int(request.query["after"]) if "after" in request.query else None
         generation = known if known is not None and known.request.attempt == body.attempt else None
-        wanted = len(body.resume_token_ids) if after is None else after + 1
+        starts = body.attach_instance_id is None
+        wanted = len(body.resume_token_ids) if starts or after is None else after + 1
         if generation is not None and (generation.request.seed != body.seed or generation.first_index > wanted):
             generation = None  # of a history that a failover has undone
         if body.attach_instance_id is not None:

@@ -197,12 +197,26 @@ async def test_an_attempt_that_a_failover_has_undone_gives_way(
     undone = request(seed=21, max_tokens=200, resume_token_ids=whole[:9])
     first = await execute(session, scripted.url, undone, stop_after=5)
     attach = {"task_id": undone["task_id"], "attempt": 1, "attach_instance_id": first.started["instance_id"]}
-    assert (await execute(session, scripted.url, {**attach, "seed": 21}, after=3)).status == 404
+    for after in (-1, 3):
+        assert (await execute(session, scripted.url, {**attach, "seed": 21}, after=after)).status == 404
     again = await execute(session, scripted.url, {**undone, "resume_token_ids": whole[:4]}, after=3)
     again.check(first_index=4)
     assert again.ids == whole[4:]
     other = await execute(session, scripted.url, {**undone, "seed": 22, "resume_token_ids": []})
     assert other.ids == expected_ids(22, 200)
+    assert all_free(await health(session, scripted.url))
+
+
+async def test_two_histories_of_one_attempt_at_a_time_never_mix(
+    scripted: WorkerProcess, session: aiohttp.ClientSession
+) -> None:
+    """A chat is rendered in another process: both are being prepared when the first one starts."""
+    body = request(messages=[{"role": "user", "content": "hi"}], max_tokens=200)
+    streams = await asyncio.gather(*(execute(session, scripted.url, {**body, "seed": seed}) for seed in (31, 32)))
+    for seed, stream in zip((31, 32), streams, strict=True):
+        stream.check()
+        assert stream.ids == expected_ids(seed, 200)[: len(stream.ids)]
+    assert any(len(stream.ids) == 200 for stream in streams)
     assert all_free(await health(session, scripted.url))
 
 
